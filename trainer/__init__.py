@@ -1,0 +1,1 @@
+"""Thaw's trainer: two-phase transfer learning that records what unfreezing did."""

@@ -1,0 +1,213 @@
+"""`python -m trainer`: flags -> Config -> fit."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Final, NoReturn
+
+from trainer.config import DEFAULT_LR, Augmentation, Config, Schedule, default_cache_dir
+from trainer.schema import PHASES, ThawError
+
+_EPILOG: Final = """\
+examples:
+  python -m trainer --phase finetune                      both phases on the embedded sample
+  python -m trainer --phase transfer --data photos/       the head, on your own class folders
+  python -m trainer --phase finetune --data photos/ --unfreeze 20 --lr 1e-5
+  streamlit run streamlit_app.py                          compare the runs
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags, grouped as in the documentation."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer",
+        description="Train an image classifier in two phases: frozen backbone, then top layers "
+        "unfrozen. Every run is logged under runs/.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--phase",
+        required=True,
+        metavar="|".join(PHASES),
+        help="direct: measure the pretrained model as it is; scratch: random weights, everything "
+        "trains; transfer: backbone frozen, the head trains; finetune: top layers unfrozen "
+        "(runs transfer first where there is no transfer run to start from)",
+    )
+    _add_data(parser.add_argument_group("data"))
+    _add_model(parser.add_argument_group("model"))
+    _add_training(parser.add_argument_group("training"))
+    _add_schedule(parser.add_argument_group("schedule (of the learning rate, by epochs)"))
+    _add_photos(parser.add_argument_group("photos (augmentation; off unless given)"))
+    _add_run(parser.add_argument_group("run"))
+    return parser
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder of class folders, or with train/ and "
+        "val/ above them; default: the parent's data, else 'sample', the embedded "
+        "road signs",
+    )
+    group.add_argument("--split-file", type=Path, metavar="F", help="CSV with columns path,split")
+    group.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="X",
+        help="held out for validation, where the data has no val folder (0.3)",
+    )
+    group.add_argument("--split-seed", type=int, metavar="N", help="another split (0)")
+    group.add_argument("--limit", type=int, metavar="N", help="use at most N photos of each class")
+    group.add_argument(
+        "--strict", action="store_true", default=None, help="stop at an unreadable photo"
+    )
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--arch", metavar="NAME", help="torchvision model or timm:<name> (efficientnet_b0)"
+    )
+    group.add_argument(
+        "--weights", metavar="W", help="imagenet, none, or a file with a state dict (imagenet)"
+    )
+    group.add_argument(
+        "--head", type=_head, metavar="H", help="linear, or hidden sizes such as 512,256 (linear)"
+    )
+    group.add_argument("--pool", metavar="avg|max", help="last pooling (avg)")
+    group.add_argument(
+        "--from",
+        dest="parent",
+        metavar="RUN",
+        help="run to finetune from (the "
+        "newest finished transfer run of the same data and architecture)",
+    )
+
+
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--epochs", type=int, metavar="N", help="epochs of the phase (10)")
+    group.add_argument(
+        "--transfer-epochs",
+        type=int,
+        metavar="N",
+        help="epochs of a transfer phase that finetune has to run first (as --epochs)",
+    )
+    group.add_argument("--batch-size", type=int, metavar="N", help="photos a step (32)")
+    group.add_argument(
+        "--lr",
+        type=float,
+        metavar="X",
+        help="initial learning rate "
+        f"({DEFAULT_LR['transfer']:g}; finetune {DEFAULT_LR['finetune']:g})",
+    )
+    group.add_argument(
+        "--transfer-lr",
+        type=float,
+        metavar="X",
+        help="the same for a transfer phase that finetune has to run first",
+    )
+    group.add_argument("--optimizer", metavar="adam|adamw|sgd", help="(adam)")
+    group.add_argument(
+        "--unfreeze",
+        metavar="N|all|NAME",
+        help="what finetune unfreezes: the top N "
+        "layers as Keras counts them, all, or a module and all above it, such as "
+        "features.7 (20)",
+    )
+
+
+def _add_schedule(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--schedule",
+        dest="name",
+        metavar="NAME",
+        help="constant, exponential, step or cosine (constant)",
+    )
+    group.add_argument(
+        "--decay", type=float, metavar="K", help="exponential: lr*exp(-K*epoch) (0.3)"
+    )
+    group.add_argument("--drop", type=float, metavar="D", help="step: lr*D^floor(epoch/N) (0.5)")
+    group.add_argument(
+        "--epochs-drop", type=int, metavar="N", help="step: epochs between drops (10)"
+    )
+    group.add_argument(
+        "--warmup", type=int, metavar="N", help="epochs of linear rise before any schedule (0)"
+    )
+
+
+def _add_photos(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--brightness", type=float, metavar="D", help="shift by up to D of the range"
+    )
+    group.add_argument("--contrast", type=float, metavar="F", help="factor between 1/F and F")
+    group.add_argument(
+        "--color", metavar="random|fixed", help="fixed: exactly D and F for every photo (random)"
+    )
+    group.add_argument("--rotation", type=float, metavar="TURN", help="up to this part of a turn")
+    group.add_argument("--crop-from", type=int, metavar="PX", help="random crop from a PX square")
+    group.add_argument("--noise", type=float, metavar="STD", help="Gaussian, in 0-255 units")
+
+
+def _add_run(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="of weights, order and augmentation (0)"
+    )
+    group.add_argument("--device", metavar="auto|cpu|cuda", help="(auto)")
+    group.add_argument(
+        "--early-stop",
+        type=int,
+        metavar="N",
+        help="stop after N epochs without a better validation accuracy",
+    )
+    group.add_argument("--run-name", metavar="S", help="part of the run's folder name")
+    group.add_argument("--runs-dir", type=Path, metavar="DIR", help="(runs)")
+    group.add_argument("--cache-dir", type=Path, metavar="DIR", help=f"({default_cache_dir()})")
+
+
+def _head(text: str) -> tuple[int, ...]:
+    return () if text == "linear" else tuple(int(part) for part in text.split(","))
+
+
+_SCHEDULE: Final = ("name", "decay", "drop", "epochs_drop", "warmup")
+_PHOTOS: Final = ("brightness", "contrast", "color", "rotation", "crop_from", "noise")
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """Flags -> Config. Raises ThawError for values that make no sense."""
+    given = {k: v for k, v in vars(build_parser().parse_args(argv)).items() if v is not None}
+    schedule = Schedule(**{name: given.pop(name) for name in _SCHEDULE if name in given})
+    augmentation = Augmentation(**{name: given.pop(name) for name in _PHOTOS if name in given})
+    return Config(schedule=schedule, augmentation=augmentation, **given)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)  # a second signal stops at once
+    raise SystemExit(128 + number)
+
+
+def main(argv: list[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        config = parse(argv)
+        from trainer.fit import fit  # imports torch: --help and wrong flags need not wait for it
+
+        run = fit(config)
+    except ThawError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted; the run keeps its last checkpoint.", file=sys.stderr)
+        return 130
+    print("Compare the runs:  streamlit run streamlit_app.py")
+    print(f"Export this one:   python -m export {run.run_id}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

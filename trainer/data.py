@@ -1,0 +1,381 @@
+"""From a folder of class folders to arrays: list, split, decode once, fingerprint."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from trainer.config import SAMPLE, Config
+from trainer.preprocess import PHOTO_SUFFIXES, Photo, PhotoError, is_photo, load_photo
+from trainer.schema import Preprocess, ThawError
+
+_SPLIT_NAMES: Final = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+# Above this the decoded photos go to a file in the cache folder instead of memory.
+_IN_MEMORY_BYTES: Final = 4 << 30
+
+
+class DataError(ThawError):
+    """A data folder that cannot be trained on; says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One listed photo: `file` is relative to the data folder, with forward slashes."""
+
+    file: str
+    label: int
+    split: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a data folder holds, before any photo is opened."""
+
+    name: str
+    root: Path
+    classes: tuple[str, ...]
+    items: tuple[Item, ...]
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Decoded photos of one split: photos uint8 [N, S, S, 3], labels int64 [N]."""
+
+    files: tuple[str, ...]
+    labels: NDArray[np.int64]
+    photos: Photo = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+@dataclass(frozen=True)
+class Photos:
+    """A data set ready for training. `fingerprint` changes with any photo, class or split."""
+
+    listing: Listing
+    train: Split
+    val: Split
+    rejected: tuple[tuple[str, str], ...]
+    fingerprint: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.listing.classes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The "dataset" of run.json."""
+        counts = Counter(item.split for item in self.listing.items)
+        counts |= {"train": len(self.train), "val": len(self.val)}
+        return {
+            "name": self.listing.name,
+            "root": str(self.listing.root),
+            "fingerprint": self.fingerprint,
+            "counts": dict(counts),
+            "rejected": [{"file": file, "reason": reason} for file, reason in self.rejected],
+        }
+
+
+# --- listing ----------------------------------------------------------------------------------
+
+
+def list_photos(config: Config) -> Listing:
+    """Find classes and photos and split them. Raises DataError."""
+    name, root = _root(config)
+    if not root.is_dir():
+        raise DataError(
+            f"There is no folder {root}. Give --data a folder that holds class folders."
+        )
+    if config.split_file is not None:
+        listing = _from_split_file(name, root, config.split_file)
+    elif own := _own_splits(root):
+        listing = _from_split_folders(name, root, own, config)
+    else:
+        classes, files, notices = _class_folders(root)
+        items = [
+            Item(file, label, split)
+            for label, of_class in enumerate(files)
+            for file, split in _split_class(_limited(of_class, config), config)
+        ]
+        listing = Listing(name, root, classes, tuple(items), notices)
+    _check(listing)
+    return listing
+
+
+def _root(config: Config) -> tuple[str, Path]:
+    if config.data in (None, SAMPLE):
+        from trainer.sample import prepare_sample
+
+        return SAMPLE, prepare_sample(config.cache_dir)
+    root = Path(str(config.data)).expanduser().absolute()
+    return root.name, root
+
+
+def _own_splits(root: Path) -> dict[str, Path]:
+    found = {_SPLIT_NAMES.get(p.name.lower(), ""): p for p in _folders(root)}
+    found.pop("", None)
+    return found if "train" in found else {}
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+
+
+def _class_folders(root: Path) -> tuple[tuple[str, ...], list[list[str]], tuple[str, ...]]:
+    """Class names, their photos (relative to `root`), and what the user should know."""
+    classes, files, notices = [], [], []
+    for folder in _folders(root):
+        photos, others = _photos_below(folder)
+        if others:
+            notices.append(f"{folder.name}: {others} files without a photo suffix were left out.")
+        if photos:
+            classes.append(folder.name)
+            files.append([path.relative_to(root).as_posix() for path in photos])
+        else:
+            notices.append(f"{folder.name}: holds no photos and is no class.")
+    return tuple(classes), files, tuple(notices)
+
+
+def _photos_below(folder: Path) -> tuple[list[Path], int]:
+    photos, others = [], 0
+    for base, folders, names in os.walk(folder):  # does not follow links, so no loops
+        folders[:] = sorted(n for n in folders if not n.startswith("."))
+        for name in sorted(names):
+            path = Path(base) / name
+            if is_photo(path):
+                photos.append(path)
+            elif not name.startswith("."):
+                others += 1
+    return photos, others
+
+
+def _rank(file: str, seed: int) -> bytes:
+    """A place in the shuffle that depends on this photo alone, not on its neighbours."""
+    text = file.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16, salt=seed.to_bytes(8, "little")).digest()
+
+
+def _limited(files: list[str], config: Config) -> list[str]:
+    return sorted(files, key=lambda file: _rank(file, 0))[: config.limit]
+
+
+def _split_class(files: list[str], config: Config) -> list[tuple[str, str]]:
+    """Stratified: each class is shuffled by its photos' own ranks, so photos added to other
+    classes change nothing here."""
+    ranked = sorted(files, key=lambda file: _rank(file, config.split_seed))
+    held_out = min(max(1, round(len(ranked) * config.val_fraction)), max(1, len(ranked) - 1))
+    return sorted((f, "val" if i < held_out else "train") for i, f in enumerate(ranked))
+
+
+def _from_split_folders(
+    name: str, root: Path, folders: Mapping[str, Path], config: Config
+) -> Listing:
+    classes = sorted({c for folder in folders.values() for c in _class_folders(folder)[0]})
+    items, notices = [], []
+    for split, folder in folders.items():
+        names, files, said = _class_folders(folder)
+        notices += [f"{split}: {notice}" for notice in said]
+        for class_name, of_class in zip(names, files, strict=True):
+            label = classes.index(class_name)
+            paths = [f"{folder.name}/{file}" for file in _limited(of_class, config)]
+            if split == "train" and "val" not in folders:
+                items += [Item(file, label, part) for file, part in _split_class(paths, config)]
+            else:
+                items += [Item(file, label, split) for file in paths]
+    if "val" not in folders:
+        notices.append(
+            f"No val folder: {config.val_fraction:.0%} of train is held out for validation."
+        )
+    return Listing(name, root, tuple(classes), tuple(items), tuple(notices))
+
+
+def _from_split_file(name: str, root: Path, path: Path) -> Listing:
+    """A CSV with the columns path (relative to the data folder, class folder first) and split."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"--split-file {path} cannot be read: {error}.") from error
+    if not rows or not {"path", "split"} <= set(rows[0]):
+        raise DataError(f"--split-file {path} must be a CSV with the columns path and split.")
+    found: list[tuple[str, str, str]] = []
+    for line, row in enumerate(rows, start=2):
+        file, split = (row["path"] or "").replace("\\", "/"), _SPLIT_NAMES.get(row["split"] or "")
+        parts = Path(file).parts
+        if split is None or len(parts) < 2 or ".." in parts or Path(file).is_absolute():
+            raise DataError(
+                f"{path}, line {line}: expected class/photo.jpg and train, val or test, "
+                f"found {row['path']!r} and {row['split']!r}."
+            )
+        if not (root / file).is_file():
+            raise DataError(f"{path}, line {line}: there is no photo {root / file}.")
+        found.append((file, parts[-2], split))
+    twice = [file for file, count in Counter(f for f, _, _ in found).items() if count > 1]
+    if twice:
+        raise DataError(f"{path} lists {twice[0]} more than once; a photo belongs to one split.")
+    classes = sorted({class_name for _, class_name, _ in found})
+    items = [Item(file, classes.index(c), split) for file, c, split in found]
+    return Listing(name, root, tuple(classes), tuple(items))
+
+
+def _check(listing: Listing) -> None:
+    if not listing.classes:
+        kinds = " ".join(sorted(PHOTO_SUFFIXES))
+        raise DataError(
+            f"{listing.root} holds no class folders with photos. Expected one folder for each "
+            f"class with photos inside ({kinds})."
+        )
+    if len(listing.classes) == 1:
+        raise DataError(
+            f"{listing.root} holds one class only ({listing.classes[0]}); a classifier needs two."
+        )
+    _check_counts(listing, listing.items)
+
+
+def _check_counts(listing: Listing, items: Iterable[Item]) -> None:
+    counts: dict[int, Counter[str]] = defaultdict(Counter)
+    for item in items:
+        counts[item.label][item.split] += 1
+    for label, name in enumerate(listing.classes):
+        total = counts[label]["train"] + counts[label]["val"]
+        if total < 2 or counts[label]["train"] == 0:
+            raise DataError(
+                f"Class {name!r} in {listing.root} has {counts[label]['train']} readable training "
+                f"and {counts[label]['val']} validation photos; it needs at least one of each. "
+                "Add photos or move the folder away."
+            )
+    if not any(counts[label]["val"] for label in counts):
+        raise DataError(f"{listing.root} has no validation photos at all.")
+
+
+# --- decoding ---------------------------------------------------------------------------------
+
+
+def load_photos(config: Config, preprocess: Preprocess) -> Photos:
+    """List, decode and fingerprint the photos. Raises DataError.
+
+    Training photos are decoded at `--crop-from` pixels where that is given, all others as
+    `preprocess` says. Unreadable photos are listed, left out, and fatal with `--strict`.
+    """
+    listing = list_photos(config)
+    larger = config.augmentation.crop_from
+    if larger is not None and larger < preprocess.crop:
+        raise DataError(
+            f"--crop-from {larger}: must be at least {preprocess.crop}, the input size."
+        )
+    train_preprocess = (
+        preprocess
+        if larger is None
+        else Preprocess(larger, larger, preprocess.interpolation, preprocess.mean, preprocess.std)
+    )
+    decoded = [item for item in listing.items if item.split != "test"]
+    hashes: dict[str, str] = {}
+    rejected: dict[str, str] = {}
+    splits = {}
+    with tqdm(total=len(decoded), desc="Reading photos", unit="img", disable=None) as progress:
+        for name, wanted in (("train", train_preprocess), ("val", preprocess)):
+            items = [item for item in decoded if item.split == name]
+            splits[name] = _decode(listing.root, items, wanted, config, hashes, rejected, progress)
+    if rejected:
+        _report(rejected, config)
+        _check_counts(listing, [item for item in listing.items if item.file not in rejected])
+    return Photos(
+        listing=listing,
+        train=splits["train"],
+        val=splits["val"],
+        rejected=tuple(sorted(rejected.items())),
+        fingerprint=_fingerprint(listing, decoded, hashes),
+    )
+
+
+def _decode(
+    root: Path,
+    items: list[Item],
+    preprocess: Preprocess,
+    config: Config,
+    hashes: dict[str, str],
+    rejected: dict[str, str],
+    progress: tqdm[Any],
+) -> Split:
+    photos = _allocate((len(items), preprocess.crop, preprocess.crop, 3), config.cache_dir)
+
+    def decode(row: int) -> str | None:
+        """Fill one row; returns the reason where the photo cannot be read."""
+        try:
+            content = (root / items[row].file).read_bytes()
+            hashes[items[row].file] = hashlib.sha256(content).hexdigest()
+            photos[row] = load_photo(io.BytesIO(content), preprocess)
+        except OSError as error:
+            return str(error.strerror)
+        except PhotoError as error:
+            return str(error)
+        finally:
+            progress.update()
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the GIL
+        reasons = list(pool.map(decode, range(len(items))))
+    rejected |= {i.file: r for i, r in zip(items, reasons, strict=True) if r is not None}
+    good = [row for row, reason in enumerate(reasons) if reason is None]
+    labels = np.array([items[row].label for row in good], dtype=np.int64)
+    kept = photos if len(good) == len(items) else photos[good]
+    return Split(tuple(items[row].file for row in good), labels, kept)
+
+
+def _allocate(shape: tuple[int, ...], cache_dir: Path) -> Photo:
+    size = int(np.prod(shape))
+    if size <= _IN_MEMORY_BYTES:
+        return np.empty(shape, np.uint8)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_dir) as file:
+            # Reserved now: a sparse file on a full disk would kill the process at a write instead.
+            os.posix_fallocate(file.fileno(), 0, size)
+            return np.memmap(file, np.uint8, "r+", shape=shape)
+    except OSError as error:
+        raise DataError(
+            f"The decoded photos need {size / 1e9:.1f} GB in {cache_dir}: {error.strerror}. "
+            "Free some space, or name another folder with --cache-dir."
+        ) from error
+
+
+def _report(rejected: Mapping[str, str], config: Config) -> None:
+    lines = [f"  {printable(file)}: {reason}" for file, reason in sorted(rejected.items())]
+    text = f"{len(rejected)} photos cannot be read:\n" + "\n".join(lines)
+    if config.strict:
+        raise DataError(f"{text}\nRepair or remove them, or train without --strict.")
+    tqdm.write(f"{text}\nThey are left out (--strict would stop here).")
+
+
+def printable(text: str) -> str:
+    """A file name as it can be shown: no control characters, no broken encodings."""
+    shown = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+
+
+def _fingerprint(listing: Listing, items: list[Item], hashes: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(repr(listing.classes).encode("utf-8", "backslashreplace"))
+    for item in sorted(items, key=lambda item: item.file):
+        line = f"{item.split}\0{item.label}\0{item.file}\0{hashes.get(item.file)}\n"
+        digest.update(line.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

@@ -1,0 +1,81 @@
+"""On what a run ran: versions, device, memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from trainer.config import DeviceName
+from trainer.schema import ThawError
+
+_PACKAGES: Final = ("torch", "torchvision", "timm", "numpy", "pillow")
+
+
+def choose_device(name: DeviceName) -> torch.device:
+    """The device to train on; `auto` takes a GPU where there is one. Raises ThawError."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ThawError(
+            f"--device cuda: torch {torch.__version__} sees no CUDA GPU here. Check the driver "
+            "with nvidia-smi, or use --device cpu."
+        )
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The "environment" of run.json."""
+    return {
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "git": _commit(),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: on the GPU by torch, on the CPU by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model} ({os.cpu_count()} cores)"
+
+
+def _commit() -> str | None:
+    """The commit of Thaw itself, where it runs from a git checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

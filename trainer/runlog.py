@@ -1,0 +1,396 @@
+"""Runs on disk: create, append, read, follow (standard library only).
+
+A run is a folder `runs/<run_id>/` with run.json (what it is) and metrics.jsonl (what happened, one
+JSON object a line, append-only). Readers accept a run that is being written: a torn last line, an
+unknown event or a newer schema never raises out of `list_runs`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from trainer.schema import (
+    CHECKPOINTS,
+    EPOCH_FIELDS,
+    METRICS_JSONL,
+    MODEL_ONNX,
+    PHASES,
+    PREDICTIONS,
+    RUN_JSON,
+    SCHEMA_VERSION,
+    EpochRecord,
+    PhaseRecord,
+    Status,
+    ThawError,
+)
+
+_RUN_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_OPTIONAL_FIELDS: Final = ("train_loss", "train_acc")
+
+
+class RunError(ThawError):
+    """A run folder that cannot be read or written."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` whole or leave it as it was, also through a crash or a full disk."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide the run from a shared explorer
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+class RunWriter:
+    """Writes one run; the only writer of its folder.
+
+    `info` is the content of run.json; change it with `update`, which saves it at once.
+    """
+
+    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+        self.path = path
+        self.info = info
+        self._save()
+        self._metrics = (path / METRICS_JSONL).open("a", encoding="utf-8")
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    @classmethod
+    def create(cls, runs_dir: Path, name: str, info: Mapping[str, Any]) -> RunWriter:
+        """Make a new folder `<date>-<time>-<name>` under `runs_dir`; never reuses one.
+
+        Raises RunError when the folder cannot be written.
+        """
+        stem = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{_slug(name)}"
+        path = _new_folder(runs_dir, stem)
+        (path / CHECKPOINTS).mkdir()
+        (path / PREDICTIONS).mkdir()
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "run_id": path.name,
+            "status": "running",
+            "pid": os.getpid(),
+            "started": time.time(),
+            "ended": None,
+            "phases": [],
+        }
+        return cls(path, head | dict(info))
+
+    def checkpoint(self, name: str) -> Path:
+        """`name` is `<phase>-best` or `<phase>-last`."""
+        return self.path / CHECKPOINTS / f"{name}.pt"
+
+    def predictions(self, name: str) -> Path:
+        """`name` is `before` or `after`."""
+        return self.path / PREDICTIONS / f"{name}.npz"
+
+    def update(self, **changes: Any) -> None:
+        self.info.update(changes)
+        self._save()
+
+    def start_phase(self, phase: PhaseRecord) -> None:
+        self.update(phases=[*self.info["phases"], phase.to_dict()])
+        self._append(
+            {
+                "event": "phase",
+                "phase": phase.name,
+                "epoch": phase.first_epoch,
+                "trainable_params": phase.trainable_params,
+                "time": time.time(),
+            }
+        )
+
+    def end_phase(self, last_epoch: int) -> None:
+        *earlier, phase = self.info["phases"]
+        self.update(phases=[*earlier, phase | {"last_epoch": last_epoch}])
+
+    def epoch(self, record: EpochRecord) -> None:
+        self._append(record.to_dict())
+
+    def note(self, text: str) -> None:
+        self._append({"event": "note", "text": text, "time": time.time()})
+
+    def close(self, status: Status, reason: str | None = None) -> None:
+        """Write the "stop" event and the final status."""
+        self._append({"event": "stop", "status": status, "reason": reason, "time": time.time()})
+        self._metrics.close()
+        self.update(status=status, ended=time.time())
+
+    def _append(self, event: Mapping[str, Any]) -> None:
+        # allow_nan=False: a non-finite loss must stop the run, not write a line nobody can parse.
+        self._metrics.write(json.dumps(event, allow_nan=False) + "\n")
+        self._metrics.flush()
+
+    def _save(self) -> None:
+        text = json.dumps(self.info, indent=2, allow_nan=False)
+        write_atomically(self.path / RUN_JSON, text.encode())
+
+
+def _new_folder(runs_dir: Path, stem: str) -> Path:
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 1000):
+            path = runs_dir / (stem if attempt == 1 else f"{stem}-{attempt}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return path
+    except OSError as error:
+        raise RunError(
+            f"Cannot write to the runs folder {runs_dir}: {error.strerror}. "
+            "Choose another with --runs-dir."
+        ) from error
+    raise RunError(f"{runs_dir} already holds 999 runs named {stem}; choose another --run-name.")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as read from disk; `problem` says what could not be read, if anything."""
+
+    path: Path
+    info: Mapping[str, Any]
+    epochs: tuple[EpochRecord, ...] = field(default=(), repr=False)
+    problem: str | None = None
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    @property
+    def parent_run_id(self) -> str | None:
+        return self.info.get("parent_run_id")
+
+    @property
+    def status(self) -> Status:
+        return self.info.get("status", "failed")
+
+    @property
+    def phase(self) -> str | None:
+        """The last phase that was started."""
+        phases = self.info.get("phases") or []
+        return phases[-1]["name"] if phases else None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.info.get("classes", ()))
+
+    @property
+    def boundary(self) -> int | None:
+        """The epoch after which layers were unfrozen (the finetune phase's epoch 0), or None."""
+        for phase in self.info.get("phases") or []:
+            if phase["name"] == "finetune":
+                return int(phase["first_epoch"])
+        return None
+
+    @property
+    def onnx(self) -> Path | None:
+        path = self.path / MODEL_ONNX
+        return path if path.is_file() else None
+
+    def checkpoint(self, name: str) -> Path:
+        """`name` is `<phase>-best` or `<phase>-last`."""
+        return self.path / CHECKPOINTS / f"{name}.pt"
+
+    def predictions(self, name: str) -> Path:
+        """`name` is `before` or `after`."""
+        return self.path / PREDICTIONS / f"{name}.npz"
+
+
+def read_run(path: Path) -> Run:
+    """Read one run folder. Raises RunError with the reason when run.json cannot be used."""
+    info = _read_info(path / RUN_JSON)
+    epochs, problem = _read_epochs(path / METRICS_JSONL)
+    return Run(path, info, epochs, problem)
+
+
+def run_folders(runs_dir: Path) -> list[Path]:
+    """The folders under `runs_dir` that hold a run, readable or not, sorted by name."""
+    if not runs_dir.is_dir():
+        return []
+    return sorted(
+        path
+        for path in runs_dir.iterdir()
+        if _RUN_ID.fullmatch(path.name) and (path / RUN_JSON).exists()
+    )
+
+
+def read_or_explain(path: Path) -> Run:
+    """`read_run`, but an unreadable run comes back empty, with `problem` saying why."""
+    try:
+        return read_run(path)
+    except RunError as error:
+        return Run(path, {}, problem=str(error))
+
+
+def list_runs(runs_dir: Path) -> list[Run]:
+    """All runs under `runs_dir`, oldest first; an unreadable one has `problem` and no epochs."""
+    runs = [read_or_explain(path) for path in run_folders(runs_dir)]
+    return sorted(runs, key=lambda run: run.info.get("started", 0.0))
+
+
+def find_run(runs_dir: Path, reference: str) -> Run:
+    """The run named by its id, a unique part of its id, or its path. Raises RunError."""
+    as_path = Path(reference)
+    if (as_path / RUN_JSON).is_file():
+        return read_run(as_path)
+    if not runs_dir.is_dir():
+        raise RunError(f"There is no runs folder at {runs_dir}; name another with --runs-dir.")
+    names = sorted(path.name for path in runs_dir.iterdir() if (path / RUN_JSON).is_file())
+    if reference in names:
+        return read_run(runs_dir / reference)
+    matches = [name for name in names if reference in name]
+    if len(matches) == 1:
+        return read_run(runs_dir / matches[0])
+    if matches:
+        raise RunError(f"{reference!r} matches several runs: {', '.join(matches)}. Name one.")
+    raise RunError(
+        f"No run {reference!r} in {runs_dir}. It holds: {', '.join(names) or 'no runs at all'}."
+    )
+
+
+def follow(path: Path) -> Iterator[EpochRecord | None]:
+    """Yield epoch records as they are appended, None whenever there is nothing new yet.
+
+    Ends when the run's status is no longer "running". The caller decides how long to wait.
+    """
+    seen = 0
+    while True:
+        run = read_run(path)
+        yield from run.epochs[seen:]
+        if len(run.epochs) == seen:
+            if run.status != "running":
+                return
+            yield None
+        seen = len(run.epochs)
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(info, dict):
+        raise RunError(f"{path} must hold a JSON object.")
+    version = info.get("schema_version")
+    if not isinstance(version, int):
+        raise RunError(f"{path} has no schema_version: it was not written by Thaw.")
+    if version > SCHEMA_VERSION:
+        raise RunError(
+            f"{path} was written by a newer Thaw (schema {version}, this one reads up to "
+            f"{SCHEMA_VERSION}). Update Thaw to see it."
+        )
+    _check_info(path, info)
+    return info
+
+
+def _check_info(path: Path, info: Mapping[str, Any]) -> None:
+    phases = info.get("phases", [])
+    sound = isinstance(phases, list) and all(
+        isinstance(phase, dict)
+        and phase.get("name") in PHASES
+        and isinstance(phase.get("first_epoch"), int)
+        for phase in phases
+    )
+    classes = info.get("classes", [])
+    sound = sound and isinstance(classes, list) and all(isinstance(c, str) for c in classes)
+    sound = sound and isinstance(info.get("started", 0.0), (int, float))
+    sound = sound and isinstance(info.get("config", {}), dict)
+    sound = sound and isinstance(info.get("dataset", {}), dict)
+    sound = sound and isinstance(info.get("parent_run_id"), (str, type(None)))
+    sound = sound and _RUN_ID.fullmatch(info.get("parent_run_id") or "none") is not None
+    if not sound:
+        raise RunError(f"{path} is damaged: a field has the wrong type.")
+
+
+def _read_epochs(path: Path) -> tuple[tuple[EpochRecord, ...], str | None]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return (), None  # a run that has just been created
+    except OSError as error:
+        return (), f"{path} cannot be read: {error.strerror}."
+    epochs: list[EpochRecord] = []
+    damaged: list[int] = []
+    # What follows the last newline is empty or a line that is still being written.
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            event = json.loads(line)
+            if event.get("event") == "epoch":
+                epochs.append(_epoch(event))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            damaged.append(number)
+    problem = f"{path}: unreadable lines {damaged[:5]} were left out." if damaged else None
+    return tuple(epochs), problem
+
+
+def _epoch(event: Mapping[str, Any]) -> EpochRecord:
+    values = {name: event[name] for name in EPOCH_FIELDS}
+    if values["phase"] not in PHASES:
+        raise ValueError(values["phase"])
+    for name, value in values.items():
+        missing = value is None and name in _OPTIONAL_FIELDS
+        if name != "phase" and not missing and not _is_finite(value):
+            raise ValueError(name)
+    return EpochRecord(**values)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def checkpoint_path(run: Run, which: Literal["before", "after"]) -> Path:
+    """The checkpoint from before unfreezing, or the best after it.
+
+    "after" is the best checkpoint of the run's last phase. "before" is the one that the finetune
+    phase started from: the parent's, at the boundary. Raises RunError with the reason and remedy.
+    """
+    if which == "after":
+        path = run.checkpoint(f"{run.phase}-best")
+    elif run.boundary is None:
+        raise RunError(
+            f"Run {run.run_id} has no finetune phase, so there is no 'before'; use 'after'."
+        )
+    else:
+        path = run.path.parent / (run.parent_run_id or "none") / CHECKPOINTS / _parent_file(run)
+    if not path.is_file():
+        raise RunError(
+            f"The checkpoint {path} is not there: the run has not written it, or it was deleted."
+        )
+    return path
+
+
+def _parent_file(run: Run) -> str:
+    name = (run.info.get("parent_checkpoint") or {}).get("file", "")
+    if not re.fullmatch(r"[a-z]+-(best|last)\.pt", name):
+        raise RunError(f"{run.path / RUN_JSON} does not name the parent's checkpoint.")
+    return name

@@ -1,0 +1,176 @@
+"""Where a phase starts: at pretrained or random weights, or at the last epoch of another run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from trainer.checkpoint import CheckpointError, load_checkpoint, restore_model
+from trainer.config import SAMPLE, Config
+from trainer.data import Photos
+from trainer.model import DEFAULT_ARCH, ModelSpec, build_model, head_name
+from trainer.runlog import Run, list_runs
+from trainer.schema import Preprocess, ThawError
+from trainer.weights import (
+    IMAGENET,
+    LITE0,
+    NONE,
+    Pretrained,
+    WeightsError,
+    find_weights,
+    imagenet_categories,
+    load_weights,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A network before its first epoch, with what the run has to say about it."""
+
+    network: nn.Module
+    spec: ModelSpec
+    preprocess: Preprocess
+    classes: tuple[str, ...]
+    first_epoch: int
+    origin: dict[str, Any]
+
+
+def choose_weights(config: Config) -> tuple[Config, Pretrained]:
+    if config.phase == "scratch":
+        return config, find_weights(config.arch or DEFAULT_ARCH, NONE)
+    config = sample_arch(config)
+    return config, find_weights(config.arch or DEFAULT_ARCH, config.weights)
+
+
+def sample_arch(config: Config) -> Config:
+    """The embedded sample must train without a network: there, and only there, EfficientNet-Lite0
+    stands in for a B0 whose ImageNet weights cannot be downloaded."""
+    free = config.data in (None, SAMPLE) and config.arch is None and config.weights == IMAGENET
+    if not free or config.phase == "scratch":
+        return config
+    try:
+        find_weights(DEFAULT_ARCH, IMAGENET)
+        return config
+    except WeightsError:
+        print(
+            f"The ImageNet weights of {DEFAULT_ARCH} cannot be downloaded here. The sample is "
+            "trained with EfficientNet-Lite0 instead, whose ImageNet weights are installed."
+        )
+        return dataclasses.replace(config, arch=LITE0)
+
+
+def start_from_weights(
+    config: Config, arch: str, weights: Pretrained, preprocess: Preprocess, photos: Photos
+) -> Start:
+    direct = config.phase == "direct"
+    classes = _pretrained_classes(arch, weights, photos) if direct else photos.classes
+    spec = ModelSpec(arch, len(classes), config.head or (), config.pool or "avg")
+    if direct and (config.head or config.pool):
+        raise ThawError(
+            "--phase direct measures the pretrained network as it is: no --head, --pool."
+        )
+    network = build_model(spec)
+    load_weights(network, weights, with_head=direct)
+    print(f"{arch}, weights: {weights.source}")
+    origin = {
+        "parent_run_id": None,
+        "weights": {"source": weights.source, "sha256": weights.sha256},
+    }
+    return Start(network, spec, preprocess, classes, 0, origin)
+
+
+def _pretrained_classes(arch: str, weights: Pretrained, photos: Photos) -> tuple[str, ...]:
+    """The class names of the pretrained head, which a direct run keeps."""
+    if weights.tensors is None:
+        raise ThawError("--phase direct measures pretrained weights; --weights none has none.")
+    head = head_name(build_model(ModelSpec(arch, 1000)))
+    bias = weights.tensors.get(f"{head}.bias", weights.tensors.get(f"{head}.weight"))
+    if bias is None:
+        raise WeightsError(
+            f"The weights from {weights.source} have no classifier ({head}); --phase direct needs "
+            "a whole network. Use --phase transfer, which trains a new one."
+        )
+    names = imagenet_categories() if len(bias) == 1000 else tuple(map(str, range(len(bias))))
+    if len(photos.classes) > len(names):
+        raise ThawError(
+            f"The data has {len(photos.classes)} classes, the pretrained network {len(names)}."
+        )
+    return names
+
+
+def adopt(config: Config, parent: Run) -> Config:
+    """Take from the parent what was not given; refuse what contradicts it."""
+    if parent.status == "running":
+        raise ThawError(
+            f"Run {parent.run_id} is still being trained; wait, or give another --from."
+        )
+    theirs = parent.info.get("model", {})
+    for flag, ours, key in (
+        ("--arch", config.arch, "arch"),
+        ("--pool", config.pool, "pool"),
+        ("--head", None if config.head is None else list(config.head), "head"),
+    ):
+        if ours is not None and ours != theirs.get(key):
+            raise CheckpointError(
+                f"{flag} {ours}: run {parent.run_id} has {key} {theirs.get(key)}. Leave the flag "
+                "away, or train a transfer run of your own with it."
+            )
+    dataset = parent.info.get("dataset", {})
+    data = SAMPLE if dataset.get("name") == SAMPLE else dataset.get("root")
+    return dataclasses.replace(config, arch=theirs.get("arch"), data=config.data or data)
+
+
+def newest_parent(config: Config, photos: Photos) -> Run | None:
+    """The newest finished transfer run of the same data, split and architecture."""
+    spec = ModelSpec(
+        config.arch or DEFAULT_ARCH, len(photos.classes), config.head or (), config.pool or "avg"
+    )
+    for run in reversed(list_runs(config.runs_dir)):
+        same_data = run.info.get("dataset", {}).get("fingerprint") == photos.fingerprint
+        same_model = run.info.get("model") == spec.to_dict()
+        if run.phase == "transfer" and run.status == "done" and same_data and same_model:
+            print(f"Starting from transfer run {run.run_id} (choose another with --from).")
+            return run
+    return None
+
+
+def start_from_run(config: Config, parent: Run, photos: Photos) -> Start:
+    path = parent.checkpoint(f"{parent.phase}-last")
+    checkpoint = load_checkpoint(path)
+    if checkpoint.classes != photos.classes:
+        raise CheckpointError(
+            f"Run {parent.run_id} was trained on the classes {_shown(checkpoint.classes)}; "
+            f"{photos.listing.root} holds {_shown(photos.classes)}. Use the data it was trained on,"
+            " or train a transfer run on this data first."
+        )
+    if parent.info.get("dataset", {}).get("fingerprint") != photos.fingerprint:
+        print(
+            f"Warning: photos or split differ from those of run {parent.run_id}. Photos validated "
+            "on here may have been trained on there."
+        )
+    if parent.phase == "direct":
+        raise CheckpointError(
+            f"Run {parent.run_id} is a direct run with the head of its pretraining; "
+            "finetune from a transfer run."
+        )
+    origin = {
+        "parent_run_id": parent.run_id,
+        "parent_checkpoint": {"file": path.name, "sha256": checkpoint.sha256},
+        "weights": parent.info.get("weights"),
+    }
+    network = restore_model(checkpoint)
+    return Start(
+        network,
+        checkpoint.spec,
+        checkpoint.preprocess,
+        checkpoint.classes,
+        checkpoint.epoch,
+        origin,
+    )
+
+
+def _shown(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
