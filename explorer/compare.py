@@ -1,0 +1,139 @@
+"""The numbers of each run and what they say about unfreezing, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from explorer.data import Snapshot, dataset_size
+from trainer.runlog import Run
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run's last phase reached. Accuracies and `change` are fractions, not percent.
+
+    `best_*` are of the epoch with the highest validation accuracy (the first of several) among
+    those that trained; a `direct` run has only its one evaluation. `boundary_acc` and `change` are
+    None without a finetune phase, and `change` also until its first epoch is there.
+    """
+
+    run_id: str
+    label: str
+    phase: str
+    status: str
+    epochs: int
+    best_acc: float | None = None
+    best_epoch: int | None = None
+    best_phase_epoch: int | None = None
+    best_loss: float | None = None
+    boundary_acc: float | None = None
+    change: float | None = None
+    seconds: float = 0.0
+    val_photos: int | None = None
+
+
+def summarise(run: Run, label: str) -> Summary:
+    """The summary of one run, from its epoch records."""
+    phase = run.phase or ""
+    records = [record for record in run.epochs if record.phase == phase]
+    trained = [record for record in records if record.phase_epoch > 0]
+    best = max(trained or records, key=lambda record: record.val_acc, default=None)
+    start = next((record for record in records if record.phase_epoch == 0), None)
+    boundary = start.val_acc if phase == "finetune" and start else None
+    return Summary(
+        run_id=run.run_id,
+        label=label,
+        phase=phase,
+        status=run.status,
+        epochs=len(trained),
+        best_acc=best.val_acc if best else None,
+        best_epoch=best.epoch if best else None,
+        best_phase_epoch=best.phase_epoch if best else None,
+        best_loss=min((record.val_loss for record in trained or records), default=None),
+        boundary_acc=boundary,
+        change=best.val_acc - boundary if best and trained and boundary is not None else None,
+        seconds=sum(record.seconds for record in run.epochs),
+        val_photos=dataset_size(run, "val"),
+    )
+
+
+def summaries(snapshot: Snapshot, selected: Sequence[str]) -> list[Summary]:
+    """The summaries of the selected runs, in their order."""
+    return [
+        summarise(snapshot.runs[name], snapshot.labels[name])
+        for name in selected
+        if name in snapshot.runs
+    ]
+
+
+def points(fraction: float) -> str:
+    """A difference of accuracies as signed percentage points: 0.004 -> "+0.4"."""
+    text = f"{100 * fraction:+.{_digits(fraction)}f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "\u2212")
+
+
+def _digits(change: float) -> int:
+    # With thousands of validation photos a gain of 0.08 points is real; don't print it as 0.1.
+    return 2 if 0 < abs(change) < 0.001 else 1
+
+
+def verdict(summary: Summary) -> str:
+    """One sentence on what unfreezing did; empty for a run without a finetune phase."""
+    if summary.phase != "finetune":
+        return ""
+    if summary.boundary_acc is None:
+        return "No evaluation before the first step is recorded, so there is nothing to compare."
+    if summary.change is None or summary.best_acc is None:
+        waiting = "still running" if summary.status == "running" else f"status {summary.status}"
+        return (
+            f"No epoch after unfreezing yet ({waiting}); it starts from {summary.boundary_acc:.1%}."
+        )
+    digits = _digits(summary.change)
+    # No-break spaces: a line that ends with the arrow is hard to read.
+    reached = f"{summary.boundary_acc:.{digits}%}\u00a0→\u00a0{summary.best_acc:.{digits}%}"
+    where = f"epoch {summary.best_phase_epoch} of {summary.epochs} after unfreezing"
+    if summary.change > 0:
+        text = f"{points(summary.change)} points at {where} ({reached})"
+    elif summary.change == 0:
+        text = f"No gain: {where} only equals the boundary, {summary.boundary_acc:.1%}"
+    else:
+        text = f"{points(summary.change)} points even at its best, {where} ({reached})"
+    return f"{text}, so far." if summary.status == "running" else f"{text}."
+
+
+def resolution(rows: Sequence[Summary]) -> str:
+    """How coarse the comparison is: what one validation photo weighs; empty where unknown."""
+    sizes = sorted({row.val_photos for row in rows if row.val_photos})
+    if not sizes:
+        return ""
+    if len(sizes) > 1:
+        return "These runs were validated on different numbers of photos: compare with care."
+    return f"{sizes[0]:,} validation photos, so one photo is {100 / sizes[0]:.2g} points."
+
+
+def table(rows: Sequence[Summary]) -> pd.DataFrame:
+    """The numbers for display: accuracies in percent, the change in points, time in seconds."""
+    return pd.DataFrame(
+        {
+            "Run": [row.label for row in rows],
+            "Phase": [row.phase for row in rows],
+            "Status": [row.status for row in rows],
+            "Best accuracy": _hundredfold([row.best_acc for row in rows]),
+            "At epoch": pd.array([row.best_epoch for row in rows], dtype="Int64"),
+            "After unfreezing": pd.array(
+                [row.best_phase_epoch if row.phase == "finetune" else None for row in rows],
+                dtype="Int64",
+            ),
+            "At the boundary": _hundredfold([row.boundary_acc for row in rows]),
+            "Change": _hundredfold([row.change for row in rows]),
+            "Best loss": pd.Series([row.best_loss for row in rows], dtype="float64"),
+            "Time": pd.Series([row.seconds for row in rows], dtype="float64"),
+        }
+    )
+
+
+def _hundredfold(fractions: Sequence[float | None]) -> pd.Series[float]:
+    return 100 * pd.Series(list(fractions), dtype="float64")

@@ -1,0 +1,207 @@
+"""Runs on disk -> what the explorer shows: a snapshot of a runs folder, lineages, one tidy frame.
+
+Knows neither Streamlit nor torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+import pandas as pd
+
+from trainer.runlog import Run, read_or_explain, run_folders
+from trainer.schema import EPOCH_FIELDS, METRICS_JSONL, RUN_JSON
+
+RUNS_DIR_VARIABLE: Final = "THAW_RUNS_DIR"
+DEFAULT_SHOWN: Final = 12
+FRAME_COLUMNS: Final = ("run_id", "run", "role", "boundary", "since_unfreeze", *EPOCH_FIELDS)
+
+Role = Literal["run", "trunk"]
+
+_STAMP: Final = re.compile(r"\d{8}-\d{6}-(?=.)")
+# Phases whose whole training happened with the backbone frozen (or untouched).
+_FROZEN: Final = ("transfer", "direct")
+
+
+def runs_dir_from(arguments: Sequence[str], environment: Mapping[str, str]) -> Path:
+    """The runs folder: `--runs-dir DIR`, else $THAW_RUNS_DIR, else `runs` where the app started."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--runs-dir")
+    try:
+        named = parser.parse_known_args(list(arguments))[0].runs_dir
+    except argparse.ArgumentError:  # `--runs-dir` without a value
+        named = None
+    return Path(named or environment.get(RUNS_DIR_VARIABLE) or "runs").expanduser()
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A runs folder at one moment: readable runs (oldest first), the broken ones, and labels."""
+
+    runs: Mapping[str, Run]
+    broken: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def running(self) -> frozenset[str]:
+        return frozenset(name for name, run in self.runs.items() if run.status == "running")
+
+    @property
+    def newest_first(self) -> list[str]:
+        return list(self.runs)[::-1]
+
+    def default_selection(self) -> list[str]:
+        """The newest run's family: the finetunes of its trunk; without any, the newest runs."""
+        finetunes = [name for name, run in self.runs.items() if run.boundary is not None]
+        if finetunes:
+            trunk = self.runs[finetunes[-1]].parent_run_id
+            family = [name for name in finetunes if self.runs[name].parent_run_id == trunk]
+            # Without a parent (both phases in one run) there is no family but the run itself.
+            return (family if trunk else finetunes)[-DEFAULT_SHOWN:]
+        return list(self.runs)[-DEFAULT_SHOWN:]
+
+
+Stamp = tuple[tuple[int, int], ...]
+
+
+class Library:
+    """The runs of one folder; a file is read again only when its time or size has changed.
+
+    One instance may serve many sessions at once.
+    """
+
+    def __init__(self, runs_dir: Path) -> None:
+        self.runs_dir = runs_dir
+        self._known: dict[str, tuple[Stamp, Run]] = {}
+        self._lock = threading.Lock()
+
+    def snapshot(self) -> Snapshot:
+        with self._lock:
+            self._known = {path.name: self._read(path) for path in run_folders(self.runs_dir)}
+            runs = [run for _, run in self._known.values()]
+        return _snapshot(runs)
+
+    def _read(self, path: Path) -> tuple[Stamp, Run]:
+        # Stamped before reading: what is appended in between changes the stamp the next time.
+        stamp = tuple(_stamp(path / name) for name in (RUN_JSON, METRICS_JSONL))
+        known = self._known.get(path.name)
+        return known if known and known[0] == stamp else (stamp, read_or_explain(path))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, -1
+    return status.st_mtime_ns, status.st_size
+
+
+def _snapshot(runs: Iterable[Run]) -> Snapshot:
+    ordered = sorted(runs, key=lambda run: run.info.get("started", 0.0))
+    readable = {run.run_id: run for run in ordered if run.info}
+    broken = {run.run_id: run.problem or "" for run in ordered if not run.info}
+    return Snapshot(readable, broken, _labels(readable.values()))
+
+
+def _labels(runs: Iterable[Run]) -> dict[str, str]:
+    """Short names; where two runs have the same, both go by their whole id."""
+    short = {run.run_id: _STAMP.sub("", run.run_id, count=1) for run in runs}
+    taken = Counter(short.values())
+    return {name: text if taken[text] == 1 else name for name, text in short.items()}
+
+
+# --- lineages ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run as drawn; `boundary` is the epoch that becomes 0 on the "since unfreeze" axis."""
+
+    run: Run
+    role: Role
+    boundary: int | None
+
+
+def lineage(snapshot: Snapshot, selected: Sequence[str]) -> tuple[list[Curve], list[str]]:
+    """The curves of the selected runs, each trunk before its finetunes, and what is missing.
+
+    A trunk comes in once for each boundary at which selected runs left it: almost always one.
+    """
+    trunks: dict[tuple[str, int], None] = {}
+    missing: list[str] = []
+    for name in selected:
+        missing += _climb(snapshot, name, trunks)
+    trunk_ids = {name for name, _ in trunks}
+    curves = [Curve(snapshot.runs[name], "trunk", boundary) for name, boundary in trunks]
+    for name in selected:
+        if name in snapshot.runs and name not in trunk_ids:
+            run = snapshot.runs[name]
+            curves.append(Curve(run, "run", _own_boundary(run)))
+    return curves, list(dict.fromkeys(missing))
+
+
+def _climb(snapshot: Snapshot, name: str, trunks: dict[tuple[str, int], None]) -> list[str]:
+    """Add the ancestors of a run to `trunks`; returns what to tell about a missing one."""
+    seen = {name}
+    run = snapshot.runs.get(name)
+    while run is not None and run.parent_run_id is not None and run.boundary is not None:
+        parent = snapshot.runs.get(run.parent_run_id)
+        if parent is None:
+            broken = run.parent_run_id in snapshot.broken
+            state = "cannot be read" if broken else "is not in this folder"
+            label = snapshot.labels[run.run_id]
+            return [f"{label}: its parent {run.parent_run_id} {state}, so it is drawn alone."]
+        if parent.run_id in seen:  # a hand-edited run.json could name itself its own ancestor
+            return []
+        seen.add(parent.run_id)
+        trunks[parent.run_id, run.boundary if parent.boundary is None else parent.boundary] = None
+        run = parent
+    return []
+
+
+def _own_boundary(run: Run) -> int | None:
+    """The run's boundary; of a run that stayed frozen its last epoch; None for `scratch`."""
+    if run.boundary is not None:
+        return run.boundary
+    frozen = run.phase in _FROZEN and run.epochs
+    return run.epochs[-1].epoch if frozen else None
+
+
+def epochs_frame(snapshot: Snapshot, curves: Sequence[Curve]) -> pd.DataFrame:
+    """One row per evaluated epoch of each curve, with the columns FRAME_COLUMNS.
+
+    `run` is the label; `since_unfreeze` is `epoch` - `boundary` (NaN where there is none). A value
+    that was not measured, such as train_acc of epoch 0, is NaN.
+    """
+    rows = [
+        (
+            curve.run.run_id,
+            snapshot.labels[curve.run.run_id],
+            curve.role,
+            curve.boundary,
+            None if curve.boundary is None else record.epoch - curve.boundary,
+            *(getattr(record, name) for name in EPOCH_FIELDS),
+        )
+        for curve in curves
+        for record in curve.run.epochs
+    ]
+    frame = pd.DataFrame(rows, columns=list(FRAME_COLUMNS))
+    numbers = [name for name in FRAME_COLUMNS if name not in ("run_id", "run", "role", "phase")]
+    return frame.astype(dict.fromkeys(numbers, "float64"))
+
+
+def dataset_size(run: Run, split: str) -> int | None:
+    """How many photos a split has according to run.json; None where it does not say."""
+    counts = run.info.get("dataset", {}).get("counts")
+    count = counts.get(split) if isinstance(counts, dict) else None
+    return count if isinstance(count, int) else None

@@ -1,0 +1,1 @@
+"""The pages of the app; the only modules that touch Streamlit."""

@@ -1,0 +1,162 @@
+"""The overlay page: the curves of many runs around the moment of unfreezing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import pandas as pd
+import streamlit as st
+
+from explorer.charts import SPLITS, Axis, Metric, Split, around_boundary, colours, overlay
+from explorer.compare import Summary, resolution, summaries, table
+from explorer.data import Library, Snapshot, epochs_frame, lineage
+from explorer.pages import parts
+
+_AXES: Final[dict[str, Axis]] = {"Total epoch": "total", "Since unfreeze": "since"}
+_RANGES: Final = ("Whole run", "Around unfreezing")
+_WHILE_RUNNING: Final = 2.0
+_WHILE_IDLE: Final = 15.0  # only to notice a run that has just been started
+
+
+def page() -> None:
+    parts.style()
+    st.header("Did unfreezing help, and by how much?", anchor=False)
+    library = parts.library()
+    snapshot = library.snapshot()
+    if not snapshot.runs:
+        parts.no_runs(library.runs_dir)
+        parts.problems(snapshot)
+        return
+    selected = _choose_runs(snapshot)
+    view = _choose_view()
+    every = _WHILE_RUNNING if snapshot.running else _WHILE_IDLE
+    st.fragment(_live, run_every=every)(library, snapshot, selected, view)
+    parts.problems(snapshot)
+
+
+def _choose_runs(snapshot: Snapshot) -> list[str]:
+    options = snapshot.newest_first
+    start, lost = parts.remembered("runs", options, snapshot.default_selection())
+    st.session_state["runs"] = start
+    selected = st.multiselect(
+        "Runs",
+        options,
+        key="runs",
+        format_func=lambda name: snapshot.labels[name],
+        placeholder="Choose runs to lay over each other",
+        persist_state="session",
+    )
+    st.query_params["runs"] = selected
+    if lost:
+        st.caption("Not every run of this link or selection is in the runs folder any more.")
+    return selected
+
+
+@dataclass(frozen=True)
+class View:
+    """How the curves are shown; every field is in the page's link."""
+
+    axis: Axis
+    splits: list[Split]
+    zoomed: bool
+
+
+def _choose_view() -> View:
+    with st.container(horizontal=True, gap="medium"):
+        axis = _one_of("Axis", list(_AXES), key="axis")
+        extent = _one_of("Epochs", _RANGES, key="epochs")
+        splits = st.segmented_control(
+            "Photos",
+            SPLITS,
+            selection_mode="multi",
+            default=SPLITS,
+            key="photos",
+            bind="query-params",
+            persist_state="session",
+        )
+    return View(_AXES[axis], [name for name in SPLITS if name in splits], extent == _RANGES[1])
+
+
+def _one_of(label: str, options: Sequence[str], key: str) -> str:
+    choice = st.segmented_control(
+        label,
+        options,
+        default=options[0],
+        required=True,
+        key=key,
+        bind="query-params",
+        persist_state="session",
+    )
+    return choice or options[0]
+
+
+def _live(library: Library, shown: Snapshot, selected: Sequence[str], view: View) -> None:
+    """Everything that follows the files; reruns on its own while the page stays as it is."""
+    snapshot = library.snapshot()
+    if snapshot.runs.keys() != shown.runs.keys() or snapshot.running != shown.running:
+        st.rerun()  # the list of runs and the pace of this fragment belong to the whole page
+    if not selected:
+        st.info("Choose one run or more above.")
+        return
+    curves, missing = lineage(snapshot, selected)
+    frame = epochs_frame(snapshot, curves)
+    rows = summaries(snapshot, selected)
+    parts.verdicts(rows, colours(frame))
+    _footnotes(rows, missing)
+    if frame.empty:
+        st.info("No epoch has been evaluated yet. The curves appear as soon as one is.")
+    elif not view.splits:
+        st.info("Choose training or validation photos above.")
+    else:
+        _charts(frame, view)
+    _numbers(rows)
+
+
+def _footnotes(rows: Sequence[Summary], missing: Sequence[str]) -> None:
+    for line in missing:
+        st.text(line)
+    if any(row.change is not None for row in rows):
+        st.caption(
+            "Best epoch after unfreezing against the last evaluation before it. The best of "
+            "several epochs flatters, and no test of significance is made here. "
+            f"{resolution(rows)}"
+        )
+
+
+def _charts(frame: pd.DataFrame, view: View) -> None:
+    if view.zoomed:
+        frame = around_boundary(frame)
+    alone = frame[frame["boundary"].isna()]["run"].unique()
+    if view.axis == "since" and len(alone):
+        st.text(f"Without a boundary, so not on this axis: {', '.join(alone)}")
+    metrics: tuple[Metric, Metric] = ("accuracy", "loss")
+    for column, metric in zip(st.columns(2, gap="medium"), metrics, strict=True):
+        column.altair_chart(
+            overlay(frame, metric, view.axis, view.splits),
+            key=f"chart-{metric}",
+            alt=f"{metric} by epoch of {frame['run'].nunique()} runs, numbers in the table below",
+        )
+    st.caption(
+        "Ring: the evaluation at the boundary. Disc: the best epoch. Click names in a legend to "
+        "bring out their runs; click again to let go."
+    )
+
+
+def _numbers(rows: Sequence[Summary]) -> None:
+    percent = st.column_config.NumberColumn(format="%.2f%%")
+    st.dataframe(
+        table(rows),
+        hide_index=True,
+        column_config={
+            "Run": st.column_config.TextColumn(pinned=True),
+            "Best accuracy": percent,
+            "At the boundary": percent,
+            "Change": st.column_config.NumberColumn(
+                format="%+.2f", help="Points: best after unfreezing minus boundary"
+            ),
+            "Best loss": st.column_config.NumberColumn(format="%.4f"),
+            "Time": st.column_config.NumberColumn(format="%.0f s"),
+        },
+    )

@@ -1,0 +1,150 @@
+"""What the pages share: the runs, what to say without any, and pieces of HTML.
+
+Names of runs, classes and files are whatever a user typed. They reach the page only through
+`html.escape`, `st.text`, `st.code`, a table or a chart, never as Markdown.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Final
+
+import streamlit as st
+
+from explorer.classify import Prediction
+from explorer.compare import Summary, verdict
+from explorer.data import Library, Snapshot, runs_dir_from
+
+_STYLE: Final = """<style>
+.stMainBlockContainer {padding-top: 4.5rem; padding-bottom: 3rem}
+.stElementContainer[data-stale="true"] {opacity: 1 !important}  /* no dimming while refreshing */
+.thaw-verdicts {display: grid; gap: .4rem 2rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 34rem), 1fr))}
+.thaw-verdict {display: flex; gap: .6rem; align-items: baseline}
+.thaw-swatch {flex: none; width: .75rem; height: .75rem; border-radius: 50%;
+  position: relative; top: .05rem}
+.thaw-name {font-weight: 600; margin-right: .6rem}
+.thaw-small {font-size: .875rem; opacity: .68; margin-bottom: .2rem}
+.thaw-says {overflow-wrap: anywhere}
+.thaw-label {font-size: 1.35rem; font-weight: 600; line-height: 1.25; overflow-wrap: anywhere}
+.thaw-bar {display: grid; grid-template-columns: minmax(0, 9rem) minmax(0, 1fr) 3.6rem;
+  gap: .6rem; align-items: center; font-size: .875rem; margin: .3rem 0}
+.thaw-bar > :first-child {overflow: hidden; text-overflow: ellipsis; white-space: nowrap}
+.thaw-bar > :last-child {text-align: right; font-variant-numeric: tabular-nums}
+.thaw-track {height: .6rem; border-radius: .3rem; background: rgba(124, 135, 146, .2)}
+.thaw-fill {height: 100%; border-radius: .3rem; background: #7c8792; min-width: 2px}
+.thaw-bar.first .thaw-fill {background: #0a84c6}
+.thaw-mark {display: inline-block; font-size: .875rem; font-weight: 600; padding: .1rem .6rem;
+  border-radius: 1rem; border: 1px solid currentColor}
+.thaw-mark.same {color: #12966f}
+.thaw-mark.differ {color: #d9622b}
+</style>"""
+
+
+def runs_dir() -> Path:
+    return runs_dir_from(sys.argv[1:], os.environ)
+
+
+@st.cache_resource(show_spinner=False, max_entries=4)
+def _library(path: str) -> Library:
+    return Library(Path(path))
+
+
+def library() -> Library:
+    """The one library of this runs folder, shared by all sessions."""
+    return _library(str(runs_dir()))
+
+
+def style() -> None:
+    """Put the page's own few rules of CSS in place; once per page."""
+    st.html(_STYLE)
+
+
+def no_runs(folder: Path) -> None:
+    """What to type where there is nothing to show yet."""
+    where = "" if folder == Path("runs") else f" --runs-dir {shlex.quote(str(folder))}"
+    st.subheader("No runs yet")
+    st.text(f"There is nothing to show in the folder {folder}. Train first:")
+    st.caption("On your own photographs, one folder per class")
+    st.code(f"python -m trainer --phase finetune --data PATH/TO/PHOTOS{where}", language="bash")
+    st.caption("Or on the sample that comes with Thaw, without any data of your own")
+    st.code(f"python -m trainer --phase finetune{where}", language="bash")
+    st.caption("Both train the head first, then unfreeze. Afterwards, look again.")
+    st.button("Look again")
+
+
+def problems(snapshot: Snapshot) -> None:
+    """List runs that could not be read, wholly or in part."""
+    partial = {name: run.problem for name, run in snapshot.runs.items() if run.problem}
+    found = dict(snapshot.broken) | partial
+    if not found:
+        return
+    count = "One run has" if len(found) == 1 else f"{len(found)} runs have"
+    with st.expander(f"{count} a problem"):
+        st.table({"Run": list(found), "Problem": list(found.values())})
+
+
+def remembered(key: str, options: Sequence[str], default: Sequence[str]) -> tuple[list[str], int]:
+    """The selection to start a widget with: this session's, else the link's, else `default`.
+
+    Also returns how many of the link's entries are not there (any more). Streamlit's own binding to
+    the URL would write the labels, which change when another run gets the same name, and would
+    leave a default selection out, so that a link showed something else the day after.
+    """
+    wanted = st.session_state.get(key)
+    if wanted is None:
+        wanted = st.query_params.get_all(key) or list(default)
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    present = [name for name in wanted if name in options]
+    return present, len(wanted) - len(present)
+
+
+def verdicts(rows: Sequence[Summary], colours: dict[str, str]) -> None:
+    """One line per run: its colour, its name, and what unfreezing did."""
+    items = "".join(_verdict(row, colours.get(row.label, "currentColor")) for row in rows)
+    st.html(f'<div class="thaw-verdicts" role="list">{items}</div>')
+
+
+def _verdict(row: Summary, colour: str) -> str:
+    return (
+        '<div class="thaw-verdict" role="listitem">'
+        f'<span class="thaw-swatch" style="background:{colour}"></span>'
+        f'<span class="thaw-says"><span class="thaw-name">{escape(row.label)}</span>'
+        f"{escape(verdict(row) or _stayed(row))}</span></div>"
+    )
+
+
+def _stayed(row: Summary) -> str:
+    """What there is to say of a run that was never unfrozen."""
+    if row.best_acc is None:
+        return f"{row.phase or 'not started'}: no evaluation yet."
+    return f"{row.phase}: best accuracy {row.best_acc:.1%} at epoch {row.best_epoch}."
+
+
+def prediction(title: str, result: Prediction) -> None:
+    """One network's answer in clear text, with its top classes as bars and the time it took."""
+    bars = "".join(
+        f'<div class="thaw-bar{" first" if place == 0 else ""}">'
+        f'<span title="{escape(guess.label)}">{escape(guess.label)}</span>'
+        f'<div class="thaw-track"><div class="thaw-fill" style="width:{guess.probability:.1%}">'
+        f"</div></div><span>{guess.probability:.1%}</span></div>"
+        for place, guess in enumerate(result.guesses)
+    )
+    timing = f"{1000 * result.seconds:.0f} ms"
+    st.html(
+        f'<div class="thaw-small">{escape(title)}</div>'
+        f'<div class="thaw-label" data-testid="answer">{escape(result.label)}</div>{bars}'
+        f'<div class="thaw-small">{timing}</div>'
+    )
+
+
+def mark(text: str) -> None:
+    """Whether the networks agree, as a small badge."""
+    if text:
+        kind = "same" if text.startswith("same") else "differ"
+        st.html(f'<span class="thaw-mark {kind}">{escape(text)}</span>')

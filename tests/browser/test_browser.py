@@ -1,0 +1,105 @@
+"""What a user does: look at curves, single one out, switch the axis, classify a photo."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.browser.conftest import OpenPage, serve
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from playwright.sync_api import Locator, Page, expect  # noqa: E402
+
+pytestmark = pytest.mark.browser
+
+LINES = (
+    "chart => [...chart.querySelectorAll('.mark-line path')].map(line => line.getAttribute('{}'))"
+)
+CLASSES = {"red", "green", "blue"}
+
+
+def chart(page: Page, place: int = 0) -> Locator:
+    """The accuracy (0) or loss (1) chart, drawn."""
+    found = page.get_by_test_id("stVegaLiteChart").nth(place)
+    expect(found.locator(".mark-line path").first).to_be_attached(timeout=60_000)
+    return found
+
+
+def legend_entry(of: Locator, name: str) -> Locator:
+    return of.locator(".role-legend-label text", has_text=re.compile(f"^{name}$"))
+
+
+def solid_lines(of: Locator) -> dict[str, str]:
+    """Colour -> opacity of the run's lines."""
+    colours, opacities = (of.evaluate(LINES.format(name)) for name in ("stroke", "opacity"))
+    return dict(zip(colours, opacities, strict=True))
+
+
+def test_a_click_in_the_legend_brings_a_run_out(app: str, open_page: OpenPage) -> None:
+    page = open_page(app)
+    accuracy = chart(page)
+    assert set(solid_lines(accuracy).values()) == {"1"}
+    assert len(solid_lines(accuracy)) == 3  # the trunk once, and two finetunes
+    accuracy.hover()  # the pointer's layer must not swallow the click that follows
+    legend_entry(accuracy, "bold").click(force=True)
+    expect(accuracy.locator('.mark-line path[opacity="1"]')).to_have_count(2)  # train, validation
+    faded = solid_lines(accuracy)
+    assert sorted(faded.values()) == ["0.1", "0.1", "1"]
+    legend_entry(accuracy, "bold").click(force=True)
+    expect(accuracy.locator('.mark-line path[opacity="1"]')).to_have_count(6)
+
+
+def test_the_tooltip_names_the_nearest_point(app: str, open_page: OpenPage) -> None:
+    page = open_page(app)
+    accuracy = chart(page)
+    accuracy.hover()
+    tooltip = page.locator("#vg-tooltip-element.visible")
+    expect(tooltip).to_contain_text("Accuracy")
+    expect(tooltip).to_contain_text("Phase")
+
+
+def test_the_axis_switches_and_the_link_keeps_it(app: str, open_page: OpenPage) -> None:
+    page = open_page(app)
+    title = chart(page).locator(".role-axis-title")
+    expect(title).to_have_text("Epoch")
+    page.get_by_test_id("stButtonGroup").get_by_text("Since unfreeze").click()
+    expect(title).to_have_text("Epochs since unfreezing")
+    expect(chart(page).locator(".role-axis-label text", has_text="−2")).to_be_visible()
+    assert "axis=Since" in page.url
+    again = open_page(page.url)
+    expect(chart(again).locator(".role-axis-title")).to_have_text("Epochs since unfreezing")
+
+
+def test_a_photo_is_classified_before_and_after(
+    app: str, open_page: OpenPage, photos: Path
+) -> None:
+    page = open_page(app)
+    page.get_by_role("link", name="Classify").click()
+    page.locator("input[type=file]").set_input_files(photos / "red" / "000.jpg")
+    answers = page.get_by_test_id("answer")
+    expect(answers).to_have_count(2, timeout=60_000)
+    assert set(answers.all_inner_texts()) <= CLASSES
+    expect(page.get_by_text(re.compile("^(same answer|answers differ)$"))).to_be_visible()
+    expect(page.locator(".thaw-bar")).to_have_count(6)  # three classes, twice
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_everything_without_sideways_scrolling(
+    app: str, open_page: OpenPage, scheme: str
+) -> None:
+    page = open_page(app, width=390, scheme=scheme)
+    for place in (0, 1):
+        box = chart(page, place).bounding_box()
+        assert box is not None
+        assert box["x"] + box["width"] <= 390
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_without_runs_it_says_what_to_type(tmp_path: Path, open_page: OpenPage) -> None:
+    with serve(tmp_path) as address:
+        page = open_page(address)
+        commands = page.get_by_test_id("stCode")
+        expect(commands.first).to_contain_text("python -m trainer --phase finetune")
+        expect(commands.first).to_contain_text(str(tmp_path))

@@ -1,0 +1,81 @@
+"""Small real data and real trainings shared by the tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from trainer.__main__ import main as trainer_main
+from trainer.runlog import Run, list_runs
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+# A small torchvision network that needs no download.
+TINY = ("--arch", "mobilenet_v3_small", "--weights", "none", "--batch-size", "8")
+
+COLORS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200), "grey": (128,) * 3}
+
+PhotoFolder = Callable[..., Path]
+Train = Callable[..., Run]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing a test does reaches the user's cache."""
+    if "THAW_CACHE" not in os.environ:
+        monkeypatch.setenv("THAW_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def draw_photo(path: Path, color: tuple[int, ...], number: int) -> None:
+    """A disc of one colour on a noisy background: learnable, and no two alike."""
+    rng = np.random.default_rng(number)
+    noise = rng.integers(0, 255, (240, 320, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((320, 240))
+    x, y = rng.integers(20, 120, 2)
+    ImageDraw.Draw(image).ellipse((x, y, x + 120, y + 100), fill=color)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, quality=85)
+
+
+@pytest.fixture(scope="session")
+def make_photos() -> PhotoFolder:
+    """make_photos(root, classes=3, photos=8) -> root with class folders."""
+
+    def make(root: Path, classes: int = 3, photos: int = 8) -> Path:
+        for label, (name, color) in enumerate(list(COLORS.items())[:classes]):
+            for number in range(photos):
+                draw_photo(root / name / f"{number:03d}.jpg", color, label * 1000 + number)
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory, make_photos: PhotoFolder) -> Path:
+    """Three classes of eight photos; read only."""
+    return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def train(tmp_path: Path, photos: Path) -> Train:
+    """train("--phase", "transfer", ...) -> the newest run; the real command line, in process."""
+
+    def run(*flags: str, runs_dir: Path = tmp_path / "runs", data: Path = photos) -> Run:
+        chosen = [] if "--from" in flags else list(TINY)
+        argv = [*chosen, "--data", str(data), "--runs-dir", str(runs_dir), *flags]
+        assert trainer_main(argv) == 0
+        return list_runs(runs_dir)[-1]
+
+    return run
+
+
+def shared(path: str) -> Path:
+    """A folder of the shared material, or skip."""
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"needs {found}, which is not part of the repository")
+    return found
