@@ -9,8 +9,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
+from trainer.allocator import keep_freed_memory
+from trainer.cli import guarded
 from trainer.config import DEFAULT_LR, Augmentation, Config, Schedule, default_cache_dir
-from trainer.schema import PHASES, ThawError
+from trainer.schema import PHASES
 
 _EPILOG: Final = """\
 examples:
@@ -192,18 +194,16 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 a mistake of the user's."""
     signal.signal(signal.SIGTERM, _terminate)
-    try:
-        config = parse(argv)
-        from trainer.fit import fit  # imports torch: --help and wrong flags need not wait for it
+    return guarded(lambda: _train(parse(argv)))
 
-        run = fit(config)
-    except ThawError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted; the run keeps its last checkpoint.", file=sys.stderr)
-        return 130
+
+def _train(config: Config) -> int:
+    keep_freed_memory()
+    from trainer.fit import fit  # imports torch: --help and wrong flags need not wait for it
+
+    run = fit(config)
     print("Compare the runs:  streamlit run streamlit_app.py")
     print(f"Export this one:   python -m export {run.run_id}")
     return 0

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from trainer.cli import inert
 from trainer.config import SAMPLE, Config
 from trainer.preprocess import PHOTO_SUFFIXES, Photo, PhotoError, is_photo, load_photo
 from trainer.schema import Preprocess, ThawError
@@ -125,11 +126,21 @@ def list_photos(config: Config) -> Listing:
 
 def _root(config: Config) -> tuple[str, Path]:
     if config.data in (None, SAMPLE):
-        from trainer.sample import prepare_sample
-
-        return SAMPLE, prepare_sample(config.cache_dir)
+        return SAMPLE, _sample(config.cache_dir)
     root = Path(str(config.data)).expanduser().absolute()
     return root.name, root
+
+
+def _sample(cache_dir: Path) -> Path:
+    from trainer.sample import prepare_sample
+
+    with tqdm(desc="Drawing the sample, once", unit="img", disable=None, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return prepare_sample(cache_dir, progress=show)
 
 
 def _own_splits(root: Path) -> dict[str, Path]:
@@ -360,17 +371,11 @@ def _allocate(shape: tuple[int, ...], cache_dir: Path) -> Photo:
 
 
 def _report(rejected: Mapping[str, str], config: Config) -> None:
-    lines = [f"  {printable(file)}: {reason}" for file, reason in sorted(rejected.items())]
+    lines = [f"  {inert(file)}: {reason}" for file, reason in sorted(rejected.items())]
     text = f"{len(rejected)} photos cannot be read:\n" + "\n".join(lines)
     if config.strict:
         raise DataError(f"{text}\nRepair or remove them, or train without --strict.")
     tqdm.write(f"{text}\nThey are left out (--strict would stop here).")
-
-
-def printable(text: str) -> str:
-    """A file name as it can be shown: no control characters, no broken encodings."""
-    shown = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
 
 
 def _fingerprint(listing: Listing, items: list[Item], hashes: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 
+import trainer
 from trainer.config import DeviceName
 from trainer.schema import ThawError
 
@@ -33,7 +34,8 @@ def choose_device(name: DeviceName) -> torch.device:
 def describe(device: torch.device) -> dict[str, Any]:
     """The "environment" of run.json."""
     return {
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+        "versions": {"thaw": trainer.__version__, "python": platform.python_version()}
+        | {p: _version(p) for p in _PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),

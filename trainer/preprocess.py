@@ -53,7 +53,7 @@ def open_photo(source: Path | IO[bytes]) -> Image.Image:
                         f"{width}x{height} pixels are more than the limit of {MAX_PIXELS:,}"
                     )
                 image.load()
-                return _to_rgb(_upright(image))
+                return upright_rgb(image)
     except PhotoError:
         raise
     except UnidentifiedImageError:
@@ -62,6 +62,11 @@ def open_photo(source: Path | IO[bytes]) -> Image.Image:
         raise PhotoError("not enough memory to decode it") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise PhotoError(f"{type(error).__name__}: {error}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """What `open_photo` makes of a decoded image; damaged pixel data raises what Pillow raises."""
+    return _to_rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:

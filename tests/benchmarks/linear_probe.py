@@ -1,6 +1,6 @@
 """Does the transfer phase reach what a plain linear probe reaches?
 
-    python tests/benchmarks/linear_probe.py RUN [--runs-dir DIR]
+    python -m tests.benchmarks.linear_probe RUN [--runs-dir DIR]
 
 Takes the photos, the split and the weights file of a finished transfer run of EfficientNet-B0 and
 does the same job again without any code of Thaw's training: torchvision's network and transforms,

@@ -1,0 +1,1 @@
+"""Thaw's export: one ONNX file that gives what PyTorch gave, and inference without torch."""

@@ -1,0 +1,225 @@
+"""`python -m export.infer MODEL PATH...`: classify photos with a model.onnx, without torch.
+
+The library behind it is `export.classifier`; its names are here too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from tqdm import tqdm
+
+from export.classifier import BATCH, Classifier, Prediction, Result
+from export.session import DEVICES
+from trainer.cli import guarded, inert, inert_cell
+from trainer.preprocess import is_photo
+from trainer.schema import ThawError
+
+__all__ = ["Classifier", "Prediction", "Result", "find_photos", "main"]
+
+TOP: Final = 3
+_WIDEST_NAME: Final = 60
+
+
+class PathError(ThawError):
+    """A path on the command line that leads to no photos."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 all classified, 1 some photos could not be
+    read, 2 nothing done."""
+    args = _parser().parse_args(argv)
+    return guarded(lambda: _classify(args))
+
+
+def find_photos(paths: Iterable[Path]) -> list[Path]:
+    """The files as given, and of folders all photos below them, sorted. Raises PathError."""
+    photos: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            photos += _photos_below(path)
+        elif path.exists():
+            photos.append(path)
+        else:
+            raise PathError(f"There is no photo or folder {path}.")
+    if not photos:
+        raise PathError(f"No photos in {', '.join(map(str, paths))}.")
+    return photos
+
+
+def _photos_below(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise PathError(f"Cannot read the folder {error.filename}: {error.strerror}.")
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders.sort()
+        yield from (path for name in sorted(files) if is_photo(path := Path(place, name)))
+
+
+def _classify(args: argparse.Namespace) -> int:
+    classifier = Classifier.load(args.model, args.device)
+    if classifier.note:
+        print("note:", inert(classifier.note), file=sys.stderr)
+    photos = find_photos(args.paths)
+    emit = _FORMATS[args.format](classifier, photos, args.top)
+    results = []
+    started = time.perf_counter()
+    for result in _watched(classifier.stream(photos, args.top, args.batch), len(photos)):
+        results.append(result)
+        emit(result)
+    rate = len(photos) / (time.perf_counter() - started)
+    if args.format == "json":
+        _print_json(results, classifier, args.model, rate)
+    failed = sum(result.error is not None for result in results)
+    print(
+        f"{len(photos)} photos, {failed} failed, {rate:.1f} images/s, {classifier.provider}",
+        file=sys.stderr,
+    )
+    return 1 if failed else 0
+
+
+def _watched(results: Iterable[Result], total: int) -> Iterator[Result]:
+    """The same results, with a bar on a terminal and a line for each photo that failed."""
+    with tqdm(total=total, unit="img", disable=None, leave=False, dynamic_ncols=True) as bar:
+        for result in results:
+            if result.error is not None:
+                tqdm.write(f"failed: {inert(result.photo)}: {inert(result.error)}", sys.stderr)
+            yield result
+            bar.update()
+
+
+# --- output: each format starts with its head and then takes one result at a time -------------
+
+Emit = Callable[[Result], None]
+
+
+def _table(classifier: Classifier, photos: Sequence[Path], top: int) -> Emit:
+    width = min(_WIDEST_NAME, max(len(inert(str(photo))) for photo in photos))
+    label = max(len("label"), *(len(inert(name)) for name in classifier.classes))
+    head = [f"{'file':<{width}}", f"{'label':<{label}}", "probability"]
+    places = range(2, min(top, len(classifier.classes)) + 1)
+    head += [f"{f'{place}.':<{label + 7}}" for place in places]
+    print("  ".join(head).rstrip())
+
+    def emit(result: Result) -> None:
+        if result.error is not None:
+            return  # told on standard error
+        best, *others = result.top
+        row = [f"{inert(result.photo):<{width}}", f"{inert(best.label):<{label}}"]
+        row.append(f"{best.probability:11.1%}")
+        row += [f"{inert(other.label):<{label}} {other.probability:6.1%}" for other in others]
+        tqdm.write("  ".join(row).rstrip())
+
+    return emit
+
+
+def _csv(classifier: Classifier, photos: Sequence[Path], top: int) -> Emit:
+    shown = min(top, len(classifier.classes))
+    suffixes = ["", *(f"_{place}" for place in range(2, shown + 1))]
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    names = [f"{name}{suffix}" for suffix in suffixes for name in ("label", "probability")]
+    writer.writerow(["file", *names, "error"])
+
+    def emit(result: Result) -> None:
+        cells = [c for p in result.top for c in (inert_cell(p.label), f"{p.probability:.6f}")]
+        cells += [""] * (2 * shown - len(cells))
+        writer.writerow([inert_cell(result.photo), *cells, inert_cell(result.error or "")])
+
+    return emit
+
+
+def _json(classifier: Classifier, photos: Sequence[Path], top: int) -> Emit:
+    return lambda result: None  # one document, printed when all is known
+
+
+_FORMATS: Final = {"table": _table, "csv": _csv, "json": _json}
+
+
+def _print_json(
+    results: Sequence[Result], classifier: Classifier, model: Path, rate: float
+) -> None:
+    document = {
+        "model": str(model),
+        "run_id": classifier.metadata.run_id,
+        "provider": classifier.provider,
+        "images_per_second": round(rate, 1),
+        "photos": len(results),
+        "failed": sum(result.error is not None for result in results),
+        "results": [_json_result(result) for result in results],
+    }
+    # ASCII only: control characters and undecodable names leave as escapes.
+    print(json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False))
+
+
+def _json_result(result: Result) -> dict[str, Any]:
+    if result.error is not None:
+        return {"file": result.photo, "error": result.error}
+    best = result.top[0]
+    return {
+        "file": result.photo,
+        "label": best.label,
+        "probability": best.probability,
+        "top": [asdict(prediction) for prediction in result.top],
+    }
+
+
+# --- flags ------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.infer",
+        description="Classify photos with a model.onnx that `python -m export` wrote.",
+        epilog="Exit status: 0 all classified, 1 some photos could not be read, 2 nothing done.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a model.onnx")
+    parser.add_argument(
+        "paths", type=Path, nargs="+", metavar="PATH", help="photos, and folders of photos"
+    )
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="auto: the GPU where CUDA works, else the CPU; the summary says which (default: auto)",
+    )
+    parser.add_argument(
+        "--top", type=_positive, default=TOP, metavar="K", help=f"classes to show (default: {TOP})"
+    )
+    parser.add_argument(
+        "--batch",
+        type=_positive,
+        default=BATCH,
+        metavar="N",
+        help=f"photos at a time (default: {BATCH})",
+    )
+    output = parser.add_mutually_exclusive_group()
+    for name in ("json", "csv"):
+        output.add_argument(
+            f"--{name}",
+            dest="format",
+            action="store_const",
+            const=name,
+            default="table",
+            help=f"{name.upper()} on standard output instead of a table",
+        )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

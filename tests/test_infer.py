@@ -1,0 +1,332 @@
+"""Classifying photos with an exported model: the command line, the library, and no torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from export import session as sessions
+from export.infer import Classifier, find_photos, main
+from export.to_onnx import export_run
+from tests.test_export import CLASSES, PREPROCESS, make_run
+from trainer.cli import inert, inert_cell
+from trainer.preprocess import load_photo
+from trainer.schema import ThawError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model.onnx, and data/ with 12 photos in 3 folders."""
+    folder = tmp_path_factory.mktemp("infer")
+    export_run(make_run(folder), output=folder / "model.onnx")
+    return folder
+
+
+@pytest.fixture
+def model(folder: Path) -> Path:
+    return folder / "model.onnx"
+
+
+@pytest.fixture
+def data(folder: Path) -> Path:
+    return folder / "data"
+
+
+def refused(argv: list[str], capsys: Capture) -> str:
+    """Run a command line that must end with status 2 and an empty standard output."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    return err
+
+
+# --- output -----------------------------------------------------------------------------------
+
+
+def test_table(model: Path, data: Path, capsys: Capture) -> None:
+    assert main([str(model), str(data), "--top", "2", "--batch", "5"]) == 0
+    out, err = capsys.readouterr()
+    head, *rows = out.splitlines()
+    assert head.split() == ["file", "label", "probability", "2."]
+    assert [row.split()[0] for row in rows] == [str(f) for f in sorted(data.rglob("*.jpg"))]
+    assert all(row.split()[1] in CLASSES and row.split()[2].endswith("%") for row in rows)
+    assert err.startswith("12 photos, 0 failed, ")
+    assert err.endswith("images/s, CPUExecutionProvider\n")
+
+
+def test_json(model: Path, data: Path, capsys: Capture) -> None:
+    assert main([str(model), str(data), "--json", "--top", "9"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["provider"] == "CPUExecutionProvider"
+    assert document["photos"] == 12
+    for result in document["results"]:
+        assert [p["label"] for p in result["top"]] == [CLASSES[p["index"]] for p in result["top"]]
+        assert sum(p["probability"] for p in result["top"]) == pytest.approx(1, abs=1e-5)
+        assert result["probability"] == max(p["probability"] for p in result["top"])
+
+
+def test_csv_and_the_library_say_the_same(model: Path, data: Path, capsys: Capture) -> None:
+    assert main([str(model), str(data), "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    results = Classifier.load(model).classify(find_photos([data]))
+    assert len(rows) == 12
+    for row, result in zip(rows, results, strict=True):
+        assert row["file"] == result.photo
+        assert row["label_2"] == result.top[1].label
+        assert float(row["probability"]) == pytest.approx(result.top[0].probability, abs=1e-6)
+        assert row["error"] == ""
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--json", "--top=1"])
+def test_a_bad_photo_is_listed_and_does_not_stop(
+    model: Path, data: Path, tmp_path: Path, flag: str, capsys: Capture
+) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"not a photo")
+    assert main([str(model), str(bad), str(data / "rose"), flag]) == 1
+    out, err = capsys.readouterr()
+    assert f"failed: {bad}: not an image" in err
+    assert "5 photos, 1 failed" in err
+    assert str(data / "rose" / "3.jpg") in out
+    if flag == "--json":
+        assert json.loads(out)["results"][0]["error"].startswith("not an image")
+
+
+def test_only_bad_photos(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    assert main([str(model), str(tmp_path)]) == 1
+    assert "1 photos, 1 failed" in capsys.readouterr().err
+
+
+def test_names_cannot_act(model: Path, data: Path, tmp_path: Path, capsys: Capture) -> None:
+    photo = (data / "rose" / "0.jpg").read_bytes()
+    for name in ("\x1b[2J.jpg", "two\nlines.jpg", os.fsdecode(b"\xff.jpg"), "\u202egpj.jpg"):
+        (tmp_path / name).write_bytes(photo)
+    for flag in ("--top=1", "--csv", "--json"):
+        assert main([str(model), str(tmp_path), flag]) == 0
+        out, err = capsys.readouterr()
+        assert "\x1b" not in out + err
+        assert "\u202e" not in out + err
+        out.encode("utf-8")
+    assert len(json.loads(out)["results"]) == 4
+
+
+def test_csv_from_a_hostile_folder(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    (tmp_path / "=1+1.jpg").write_bytes((data / "rose" / "0.jpg").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert main([str(model), "=1+1.jpg", "--csv"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("'=1+1.jpg,")
+
+
+@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@a", "\ta"])
+def test_no_cell_starts_a_formula(text: str) -> None:
+    assert inert_cell(text) == f"'{inert(text)}"
+    assert inert_cell(f"a{text}") == inert(f"a{text}")
+
+
+# --- user errors ------------------------------------------------------------------------------
+
+
+def test_missing_model(tmp_path: Path, data: Path, capsys: Capture) -> None:
+    assert "Cannot read the model" in refused([str(tmp_path / "no.onnx"), str(data)], capsys)
+
+
+def test_not_onnx(tmp_path: Path, data: Path, capsys: Capture) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"anything but a model")
+    assert "ONNX Runtime" in refused([str(path), str(data)], capsys)
+
+
+def test_onnx_of_others(model: Path, tmp_path: Path, data: Path, capsys: Capture) -> None:
+    foreign = onnx.load(model)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "m.onnx")
+    err = refused([str(tmp_path / "m.onnx"), str(data)], capsys)
+    assert "not written by Thaw" in err
+    assert "python -m export RUN" in err
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("classes", '["one"]', "do not fit"),
+        ("classes", "[1, 2, 3]", "damaged"),
+        ("preprocess", "{}", "damaged"),
+        ("preprocess", "[" * 100_000, "damaged"),
+        ("thaw_format", "99", "newer Thaw"),
+    ],
+)
+def test_damaged_metadata(
+    model: Path, tmp_path: Path, data: Path, key: str, value: str, message: str, capsys: Capture
+) -> None:
+    changed = onnx.load(model)
+    for entry in changed.metadata_props:
+        entry.value = value if entry.key == key else entry.value
+    onnx.save(changed, tmp_path / "m.onnx")
+    assert message in refused([str(tmp_path / "m.onnx"), str(data)], capsys)
+
+
+def test_external_data(
+    model: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(onnx.load(model), path, save_as_external_data=True, location="w", size_threshold=0)
+    monkeypatch.chdir(tmp_path)  # where ONNX Runtime would look for it
+    assert "another file" in refused([str(path), str(data)], capsys)
+
+
+def test_paths_without_photos(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert "No photos in" in refused([str(model), str(tmp_path)], capsys)
+    assert "no photo or folder" in refused([str(model), str(tmp_path / "no")], capsys)
+
+
+@pytest.mark.parametrize("flag", ["--top=0", "--batch=x", "--device=tpu"])
+def test_wrong_flags(model: Path, data: Path, flag: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(model), str(data), flag])
+
+
+# --- devices ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_gpu_that_is_not_there(
+    model: Path, data: Path, device: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(sessions, "_gpu_answers", lambda: False)
+    err = refused([str(model), str(data), "--device", device], capsys)
+    assert "no NVIDIA GPU answers" in err
+    assert "pip install" in err
+    assert "--device cpu" in err
+
+
+@pytest.mark.skipif(sessions._gpu_answers(), reason="needs a machine whose GPU libraries fail")
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_gpu_libraries_that_do_not_load(
+    model: Path, data: Path, device: str, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    """A driver answers, but CUDA cannot start: real ONNX Runtime, on a machine without a GPU."""
+    wanted = sessions._PROVIDERS[device][0]
+    if wanted not in sessions.ort.get_available_providers():
+        pytest.skip(f"this onnxruntime has no {wanted}")
+    monkeypatch.setattr(sessions, "_gpu_answers", lambda: True)
+    monkeypatch.setattr(sessions, "_preload", lambda _: None)
+    err = refused([str(model), str(data), "--device", device], capfd)
+    assert f"{wanted} did not start" in err
+    assert len(err.splitlines()) == 1, "ONNX Runtime's own complaints must stay off the screen"
+    assert main([str(model), str(data), "--device", "auto"]) == 0
+    err = capfd.readouterr().err
+    assert err.startswith("note: ")
+    assert err.endswith("CPUExecutionProvider\n")
+
+
+# --- the library ------------------------------------------------------------------------------
+
+
+def test_every_kind_of_source_gives_the_same_as_preprocess(model: Path, tmp_path: Path) -> None:
+    """A photo that EXIF turns upright, as a path, an upload, and an open image."""
+    pixels = np.random.default_rng(1).integers(0, 256, (9, 16, 3), np.uint8)
+    turned = Image.fromarray(pixels).resize((160, 90))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.jpg"
+    turned.save(path, exif=exif)
+
+    classifier = Classifier.load(model, "cpu")
+    with Image.open(path) as image:
+        sources = [path, io.BytesIO(path.read_bytes()), image]
+        results = classifier.classify(sources, top=3)
+    photos = load_photo(path, PREPROCESS)[None]
+    (expected,) = classifier._session.runtime.run(["probabilities"], {"photos": photos})
+    for result in results:
+        actual = [p.probability for p in sorted(result.top, key=lambda p: p.index)]
+        np.testing.assert_allclose(actual, expected[0], atol=1e-6)
+    assert [result.photo for result in results] == [str(path), "photo 2", "photo 3"]
+
+
+def test_damaged_sources_get_an_error(model: Path, data: Path, tmp_path: Path) -> None:
+    truncated = (data / "rose" / "0.jpg").read_bytes()[:-200]
+    sources = [tmp_path / "no.jpg", io.BytesIO(b""), Image.open(io.BytesIO(truncated))]
+    results = Classifier.load(model).classify(sources)
+    assert all(result.error and not result.top for result in results)
+
+
+def test_many_threads_may_share_one(model: Path, data: Path) -> None:
+    classifier = Classifier.load(model)
+    photos = find_photos([data])
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda size: classifier.classify(photos, batch=size), [1, 2, 5, 9]))
+    labels = [[result.top[0].label for result in answer] for answer in answers]
+    assert labels == [labels[0]] * 4
+
+
+def test_a_stream_may_be_left(model: Path, data: Path) -> None:
+    stream = Classifier.load(model).stream(find_photos([data]), batch=1)
+    assert next(iter(stream)).error is None
+
+
+def test_folders_are_read_recursively_and_sorted(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("z.PNG", "a/b/x.jpg", "a/notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert find_photos([tmp_path]) == [tmp_path / "z.PNG", tmp_path / "a" / "b" / "x.jpg"]
+    with pytest.raises(ThawError):
+        find_photos([tmp_path / "a" / "missing"])
+
+
+# --- processes --------------------------------------------------------------------------------
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_no_torch(model: Path, data: Path) -> None:
+    code = (
+        "import sys; from export.infer import main; status = main(sys.argv[1:]);"
+        "heavy = {'torch', 'torchvision', 'timm', 'onnx'} & sys.modules.keys();"
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
+    done = run("-c", code, str(model), str(data))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell's pipes")
+def test_a_reader_that_leaves(model: Path, data: Path) -> None:
+    command = f"{sys.executable} -m export.infer {model} {data} --csv"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
