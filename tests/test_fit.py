@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -281,6 +282,37 @@ def test_classes_of_another_data_set_are_refused(
     assert "was trained on the classes blue, green, red" in message
     assert main([*flags, "--arch", "resnet18"]) == 2
     assert "--arch resnet18" in capsys.readouterr().err
+
+
+def test_the_head_of_the_parent_is_taken_unless_asked_otherwise(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = train("--phase", "transfer", "--epochs", "1", "--head", "8")
+    run = train("--phase", "finetune", "--epochs", "1")
+    assert run.parent_run_id == parent.run_id
+    assert run.info["model"]["head"] == [8]
+    other = train("--phase", "finetune", "--epochs", "1", "--head", "linear")
+    assert other.parent_run_id != parent.run_id
+    assert "has another network; choose it with --from" in capsys.readouterr().out
+
+
+def test_the_sample_trains_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No flags but the phase, and no way to reach torchvision's weights."""
+    import trainer.sample
+
+    few = functools.partial(trainer.sample.prepare_sample, per_class=3)
+    monkeypatch.setattr(trainer.sample, "prepare_sample", few)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    flags = ["--phase", "finetune", "--epochs", "1", "--runs-dir", str(tmp_path / "runs")]
+    assert main(flags) == 0
+    assert "EfficientNet-Lite0 instead" in capsys.readouterr().out
+    transfer, finetune = list_runs(tmp_path / "runs")
+    assert finetune.parent_run_id == transfer.run_id
+    assert finetune.info["model"]["arch"] == "timm:tf_efficientnet_lite0"
+    assert finetune.info["dataset"]["name"] == "sample"
 
 
 def test_interrupted_parent_is_not_picked(lineage: tuple[Run, Run], train: Train) -> None:

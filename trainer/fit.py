@@ -23,7 +23,7 @@ from trainer.model import (
     unfreeze_head,
 )
 from trainer.phase import PhaseRun
-from trainer.runlog import Run, RunWriter, find_run, read_run
+from trainer.runlog import Run, RunWriter, check_writable, find_run, read_run
 from trainer.schema import Preprocess
 from trainer.start import (
     Start,
@@ -39,7 +39,9 @@ from trainer.weights import default_preprocess
 
 def fit(config: Config) -> Run:
     """Train one phase as configured and return the finished run. Raises ThawError."""
-    choose_device(config.device)  # before any work: a missing GPU is the user's first question
+    # Before any work: nobody should wait for ten thousand photos to learn of these.
+    choose_device(config.device)
+    check_writable(config.runs_dir)
     if config.phase == "finetune":
         return finetune(config)
     return from_weights(config)

@@ -146,6 +146,23 @@ class RunWriter:
         write_atomically(self.path / RUN_JSON, text.encode())
 
 
+def check_writable(runs_dir: Path) -> None:
+    """Raise RunError where no run folder can be made; changes nothing."""
+    existing = next(
+        path for path in (runs_dir.absolute(), *runs_dir.absolute().parents) if path.exists()
+    )
+    if not existing.is_dir():
+        raise _cannot_write(runs_dir, f"{existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _cannot_write(runs_dir, f"no permission to write to {existing}")
+
+
+def _cannot_write(runs_dir: Path, reason: str | None) -> RunError:
+    return RunError(
+        f"Cannot write to the runs folder {runs_dir}: {reason}. Choose another with --runs-dir."
+    )
+
+
 def _new_folder(runs_dir: Path, stem: str) -> Path:
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
@@ -157,10 +174,7 @@ def _new_folder(runs_dir: Path, stem: str) -> Path:
                 continue
             return path
     except OSError as error:
-        raise RunError(
-            f"Cannot write to the runs folder {runs_dir}: {error.strerror}. "
-            "Choose another with --runs-dir."
-        ) from error
+        raise _cannot_write(runs_dir, error.strerror) from error
     raise RunError(f"{runs_dir} already holds 999 runs named {stem}; choose another --run-name.")
 
 

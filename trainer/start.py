@@ -123,17 +123,38 @@ def adopt(config: Config, parent: Run) -> Config:
 
 
 def newest_parent(config: Config, photos: Photos) -> Run | None:
-    """The newest finished transfer run of the same data, split and architecture."""
-    spec = ModelSpec(
-        config.arch or DEFAULT_ARCH, len(photos.classes), config.head or (), config.pool or "avg"
-    )
-    for run in reversed(list_runs(config.runs_dir)):
-        same_data = run.info.get("dataset", {}).get("fingerprint") == photos.fingerprint
-        same_model = run.info.get("model") == spec.to_dict()
-        if run.phase == "transfer" and run.status == "done" and same_data and same_model:
+    """The newest finished transfer run of the same data, split and architecture.
+
+    Head, pooling and weights count only where they were asked for.
+    """
+    candidates = [
+        run
+        for run in reversed(list_runs(config.runs_dir))
+        if run.phase == "transfer"
+        and run.status == "done"
+        and run.info.get("dataset", {}).get("fingerprint") == photos.fingerprint
+    ]
+    for run in candidates:
+        if _is_as_asked(config, run):
             print(f"Starting from transfer run {run.run_id} (choose another with --from).")
             return run
+    if candidates:
+        print(
+            f"Note: transfer run {candidates[0].run_id} of this data has another network; "
+            "choose it with --from."
+        )
     return None
+
+
+def _is_as_asked(config: Config, run: Run) -> bool:
+    model = run.info.get("model", {})
+    wanted = {
+        "arch": config.arch or DEFAULT_ARCH,
+        "pool": config.pool,
+        "head": None if config.head is None else list(config.head),
+    }
+    same_weights = config.weights in (IMAGENET, run.info.get("config", {}).get("weights"))
+    return same_weights and all(v is None or model.get(k) == v for k, v in wanted.items())
 
 
 def start_from_run(config: Config, parent: Run, photos: Photos) -> Start:
