@@ -22,7 +22,7 @@ from tests.conftest import TINY, PhotoFolder, Train, shared
 from trainer.__main__ import main, parse
 from trainer.checkpoint import load_checkpoint, load_model
 from trainer.data import load_photos
-from trainer.loop import evaluate
+from trainer.loop import Source, evaluate
 from trainer.phase import make_optimizer
 from trainer.runlog import Run, checkpoint_path, list_runs, read_run
 from trainer.schema import EPOCH_FIELDS, PHASES, Preprocess
@@ -151,7 +151,7 @@ def test_predictions_of_before_are_those_of_the_boundary(lineage: tuple[Run, Run
             224,
             0,
         )
-        assert np.allclose(evaluate(setup, val).logits, saved["logits"], atol=1e-4)
+        assert np.allclose(evaluate(setup, Source(val)).logits, saved["logits"], atol=1e-4)
 
 
 def test_tensorboard_shows_the_same_scalars(lineage: tuple[Run, Run]) -> None:

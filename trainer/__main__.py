@@ -169,6 +169,13 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--run-name", metavar="S", help="part of the run's folder name")
     group.add_argument("--runs-dir", type=Path, metavar="DIR", help="(runs)")
+    group.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        default=None,
+        help="compute what is frozen anew in every epoch",
+    )
     group.add_argument("--cache-dir", type=Path, metavar="DIR", help=f"({default_cache_dir()})")
 
 

@@ -119,6 +119,7 @@ class Config:
     schedule: Schedule = field(default_factory=Schedule)
     augmentation: Augmentation = field(default_factory=Augmentation)
     device: DeviceName = "auto"
+    cache: bool = True
     cache_dir: Path = field(default_factory=default_cache_dir)
     seed: int = 0
     run_name: str | None = None

@@ -14,8 +14,17 @@ from trainer.checkpoint import Checkpoint, save_checkpoint
 from trainer.config import Config, OptimizerName
 from trainer.data import Photos, Split
 from trainer.environment import peak_memory_bytes
-from trainer.loop import Evaluation, Setup, TrainingResult, evaluate, train_epoch
+from trainer.loop import (
+    Evaluation,
+    Setup,
+    Source,
+    TrainingResult,
+    evaluate,
+    frozen_activations,
+    train_epoch,
+)
 from trainer.model import InputNormalize, head_name, trainable_modules, trainable_parameters
+from trainer.prefix import Cut, cut
 from trainer.progress import PhaseProgress, summary
 from trainer.runlog import RunWriter, write_atomically
 from trainer.schedule import learning_rate
@@ -49,8 +58,6 @@ class PhaseRun:
         unfrozen: tuple[str, ...],
     ) -> None:
         self.config, self.start, self.writer = config, start, writer
-        self.train = photos.train
-        self.val = _pretrained_labels(photos, start) if config.phase == "direct" else photos.val
         network = start.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.setup = Setup(
             network,
@@ -60,7 +67,17 @@ class PhaseRun:
             config.augmentation,
             start.preprocess.crop,
             config.seed,
+            self._cut(network, device),
         )
+        started = time.perf_counter()
+        val = _pretrained_labels(photos, start) if config.phase == "direct" else photos.val
+        self.val = frozen_activations(self.setup, val)
+        # Augmented photos differ in every epoch, so what is frozen runs on each view as it comes.
+        repeated = not config.augmentation.active
+        self.train = (
+            frozen_activations(self.setup, photos.train) if repeated else Source(photos.train)
+        )
+        self.prefix_seconds = time.perf_counter() - started
         self.params = trainable_parameters(network)
         self.backbone_trains = len(trainable_modules(network)) > _head_size(network)
         self.board = TensorBoardLog(writer.path)
@@ -68,9 +85,19 @@ class PhaseRun:
             PhaseRecord(config.phase, start.first_epoch, None, unfrozen, self.params)
         )
 
+    def _cut(self, network: nn.Module, device: torch.device) -> Cut | None:
+        if not self.config.cache or self.config.phase in ("direct", "scratch"):
+            return None  # one evaluation has nothing to save, and from scratch nothing is frozen
+        side = self.start.preprocess.crop
+        found = cut(network, torch.rand(3, 3, side, side, device=device))
+        self.writer.update(
+            engine={"cut": found.at, "bytes_per_photo": found.bytes_per_photo} if found else None
+        )
+        return found
+
     def run(self) -> None:
         config, epochs = self.config, 0 if self.config.phase == "direct" else self.config.epochs
-        with PhaseProgress(config.phase, epochs, len(self.train)) as progress:
+        with PhaseProgress(config.phase, epochs, len(self.train.split)) as progress:
             first, before = self._evaluate(0, None, config.learning_rate, progress)
             if config.phase == "finetune":
                 self._save_predictions("before", before)
@@ -125,7 +152,9 @@ class PhaseRun:
         started = time.perf_counter()
         evaluation = evaluate(self.setup, self.val)
         seconds = time.perf_counter() - started
-        speed = trained.images_per_second if trained else len(self.val) / seconds
+        if phase_epoch == 0:
+            seconds += self.prefix_seconds  # or the phase would look faster than it was
+        speed = trained.images_per_second if trained else len(self.val.split) / seconds
         record = EpochRecord(
             phase=self.config.phase,
             epoch=self.start.first_epoch + phase_epoch,
@@ -173,8 +202,8 @@ class PhaseRun:
         np.savez(
             buffer,
             logits=evaluation.logits,
-            labels=self.val.labels,
-            files=np.array(self.val.files, dtype=np.str_),
+            labels=self.val.split.labels,
+            files=np.array(self.val.split.files, dtype=np.str_),
         )
         write_atomically(self.writer.predictions(name), buffer.getvalue())
 
