@@ -20,7 +20,7 @@ from trainer.preprocess import Photo, PhotoError, load_photo
 from trainer.runlog import Run
 from trainer.schema import Preprocess, ThawError
 
-PHOTOS: Final = 500
+PHOTOS: Final = 1000
 BATCH: Final = 32
 # Every one of these must give what the same photos gave within a batch of BATCH.
 OTHER_BATCHES: Final = (1, 2, 7)

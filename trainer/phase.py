@@ -109,7 +109,8 @@ class PhaseRun:
                 best = self._train(epochs, progress)
         self.board.close()
         boundary = first if config.phase == "finetune" else None
-        print(summary(config.phase, best or first, boundary, progress.seconds))
+        seconds = self.prefix_seconds + progress.seconds
+        print(summary(config.phase, best or first, boundary, seconds))
 
     def _train(self, epochs: int, progress: PhaseProgress) -> EpochRecord:
         """Train and return the record of the best epoch."""
