@@ -96,8 +96,10 @@ def _marks(rows: pd.DataFrame, metric: Metric) -> pd.Series[str]:
     drawn = rows[(rows["split"] == "Validation") & (rows["role"] == "run")]
     marks[drawn[(drawn["phase"] == "finetune") & (drawn["phase_epoch"] == 0)].index] = "start"
     trained = drawn[(drawn["phase_epoch"] > 0) | (drawn["phase"] == "direct")]
-    groups = trained.groupby(["run_id", "phase"])["value"]
-    marks[groups.idxmax() if metric == "accuracy" else groups.idxmin()] = "best"
+    # As the checkpoint was chosen: of several epochs with the highest accuracy, the lowest loss.
+    order = ["value", "val_loss"] if metric == "accuracy" else ["value"]
+    ranked = trained.sort_values(order, ascending=[metric == "loss", True][: len(order)])
+    marks[ranked.groupby(["run_id", "phase"]).head(1).index] = "best"
     return marks
 
 

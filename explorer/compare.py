@@ -15,9 +15,10 @@ from trainer.runlog import Run
 class Summary:
     """What a run's last phase reached. Accuracies and `change` are fractions, not percent.
 
-    `best_*` are of the epoch with the highest validation accuracy (the first of several) among
-    those that trained; a `direct` run has only its one evaluation. `boundary_acc` and `change` are
-    None without a finetune phase, and `change` also until its first epoch is there.
+    `best_acc` and `best_epoch` are of the epoch of highest rank among those that trained, the one
+    whose checkpoint was kept; `best_loss` is the lowest of any. A `direct` run has one evaluation.
+    `boundary_acc` and `change` are None without a finetune phase, and `change` also until its first
+    epoch is there.
     """
 
     run_id: str
@@ -40,7 +41,7 @@ def summarise(run: Run, label: str) -> Summary:
     phase = run.phase or ""
     records = [record for record in run.epochs if record.phase == phase]
     trained = [record for record in records if record.phase_epoch > 0]
-    best = max(trained or records, key=lambda record: record.val_acc, default=None)
+    best = max(trained or records, key=lambda record: record.rank, default=None)
     start = next((record for record in records if record.phase_epoch == 0), None)
     boundary = start.val_acc if phase == "finetune" and start else None
     return Summary(

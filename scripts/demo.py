@@ -35,7 +35,7 @@ def best_finetune(since: float) -> Run:
     runs = [
         run for run in list_runs(RUNS) if run.phase == "finetune" and run.info["started"] >= since
     ]
-    return max(runs, key=lambda run: max(e.val_acc for e in run.epochs if e.phase_epoch > 0))
+    return max(runs, key=lambda run: max(e.rank for e in run.epochs if e.phase_epoch > 0))
 
 
 def three_photos(run: Run) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from explorer import data
+from explorer.charts import long_frame
 from explorer.compare import points, resolution, summaries, table, verdict
 from explorer.data import Library, epochs_frame, lineage, runs_dir_from
 from tests.explorer_runs import record, write_finetune, write_run, write_trunk
@@ -202,6 +204,21 @@ def test_the_best_epoch_is_one_that_trained(tmp_path: Path) -> None:
     assert row.change == pytest.approx(-0.1)
     assert row.best_loss == pytest.approx(0.2)
     assert row.seconds == 8.0
+
+
+def test_of_equally_accurate_epochs_the_one_with_the_kept_checkpoint_is_best(
+    tmp_path: Path,
+) -> None:
+    writer = write_finetune(tmp_path, "gone", "tie", [0.7, 0.8], done=False)
+    better = dataclasses.replace(record("finetune", 5, 2, 0.8), val_loss=0.1)
+    writer.epoch(better)
+    writer.close("done")
+    found = snapshot(tmp_path)
+    [row] = summaries(found, [writer.run_id])
+    assert row.best_epoch == 5
+    curves, _ = lineage(found, [writer.run_id])
+    rows = long_frame(epochs_frame(found, curves), "accuracy", "total", ["Validation"])
+    assert rows[rows["mark"] == "best"]["epoch"].tolist() == [5]
 
 
 def test_a_direct_run_has_its_one_evaluation(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ class PhaseRun:
             epoch = self.start.first_epoch + phase_epoch
             trained = train_epoch(self.setup, self.train, optimizer, epoch, progress.batch)
             record, evaluation = self._evaluate(phase_epoch, trained, rate, progress)
-            if best is None or _rank(record) > _rank(best):
+            if best is None or record.rank > best.rank:
                 best = record
                 self._keep_best(record, evaluation)
             self._save_checkpoint("last", record)
@@ -207,10 +207,6 @@ class PhaseRun:
             files=np.array(self.val.split.files, dtype=np.str_),
         )
         write_atomically(self.writer.predictions(name), buffer.getvalue())
-
-
-def _rank(record: EpochRecord) -> tuple[float, float]:
-    return record.val_acc, -record.val_loss
 
 
 def _head_size(network: nn.Module) -> int:

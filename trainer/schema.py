@@ -108,6 +108,11 @@ class EpochRecord:
     peak_memory_bytes: int
     time: float
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The best epoch is the one of highest rank: accuracy first, then the lower loss."""
+        return self.val_acc, -self.val_loss
+
     def to_dict(self) -> dict[str, Any]:
         return {"event": "epoch"} | asdict(self)
 
