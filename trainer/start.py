@@ -50,6 +50,9 @@ def sample_arch(config: Config) -> Config:
     free = config.data in (None, SAMPLE) and config.arch is None and config.weights == IMAGENET
     if not free or config.phase == "scratch":
         return config
+    trunk = _sample_trunk(config) if config.phase == "finetune" else None
+    if trunk is not None:
+        return dataclasses.replace(config, arch=trunk.info.get("model", {}).get("arch"))
     try:
         find_weights(DEFAULT_ARCH, IMAGENET)
         return config
@@ -59,6 +62,18 @@ def sample_arch(config: Config) -> Config:
             "trained with EfficientNet-Lite0 instead, whose ImageNet weights are installed."
         )
         return dataclasses.replace(config, arch=LITE0)
+
+
+def _sample_trunk(config: Config) -> Run | None:
+    """The newest transfer run on the sample: what could be downloaded then is settled."""
+    runs = [
+        run
+        for run in list_runs(config.runs_dir)
+        if run.phase == "transfer"
+        and run.status == "done"
+        and run.info.get("dataset", {}).get("name") == SAMPLE
+    ]
+    return runs[-1] if runs else None
 
 
 def start_from_weights(
