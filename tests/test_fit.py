@@ -186,6 +186,23 @@ def test_finetune_takes_data_and_network_from_its_parent(
     assert list_runs(transfer.path.parent)[-1].info["model"] == transfer.info["model"]
 
 
+def test_finetune_takes_the_split_from_its_parent(
+    train: Train, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = tmp_path / "split.csv"
+    files = sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.jpg"))
+    rows = [f"{file},{'val' if file.endswith('7.jpg') else 'train'}" for file in files]
+    split.write_text("\n".join(["path,split", *rows]))
+    by_file = ("--split-file", str(split))
+    for flags in (by_file, ("--split-seed", "3", "--val-fraction", "0.5"), ("--limit", "4")):
+        parent = train("--phase", "transfer", "--epochs", "1", *flags)
+        argv = ["--phase", "finetune", "--epochs", "1", "--from", parent.run_id]
+        assert main([*argv, "--runs-dir", str(tmp_path / "runs")]) == 0
+        run = list_runs(tmp_path / "runs")[-1]
+        assert run.info["dataset"]["fingerprint"] == parent.info["dataset"]["fingerprint"]
+    assert "Warning" not in capsys.readouterr().out
+
+
 def test_summary_has_three_lines(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     run = train("--phase", "transfer", "--epochs", "1")
     lines = capsys.readouterr().out.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -132,9 +133,29 @@ def adopt(config: Config, parent: Run) -> Config:
                 f"{flag} {ours}: run {parent.run_id} has {key} {theirs.get(key)}. Leave the flag "
                 "away, or train a transfer run of your own with it."
             )
+    config = dataclasses.replace(config, arch=theirs.get("arch"))
+    return config if config.data is not None else _adopt_data(config, parent)
+
+
+def _adopt_data(config: Config, parent: Run) -> Config:
+    """The parent's photos in the parent's split, or photos it trained on would validate here."""
     dataset = parent.info.get("dataset", {})
-    data = SAMPLE if dataset.get("name") == SAMPLE else dataset.get("root")
-    return dataclasses.replace(config, arch=theirs.get("arch"), data=config.data or data)
+    given = parent.info.get("config", {})
+    split_file = config.split_file or given.get("split_file")
+    return dataclasses.replace(
+        config,
+        data=SAMPLE if dataset.get("name") == SAMPLE else dataset.get("root"),
+        split_file=None if split_file is None else Path(split_file),
+        **{
+            name: given.get(name, value)
+            for name in ("split_seed", "val_fraction", "limit")
+            if (value := getattr(config, name)) == _field_default(name)
+        },
+    )
+
+
+def _field_default(name: str) -> Any:
+    return Config.__dataclass_fields__[name].default
 
 
 def newest_parent(config: Config, photos: Photos) -> Run | None:
@@ -173,6 +194,11 @@ def _is_as_asked(config: Config, run: Run) -> bool:
 
 
 def start_from_run(config: Config, parent: Run, photos: Photos) -> Start:
+    if parent.phase == "direct":
+        raise CheckpointError(
+            f"Run {parent.run_id} is a direct run with the head of its pretraining; "
+            "finetune from a transfer run."
+        )
     path = parent.checkpoint(f"{parent.phase}-last")
     checkpoint = load_checkpoint(path)
     if checkpoint.classes != photos.classes:
@@ -185,11 +211,6 @@ def start_from_run(config: Config, parent: Run, photos: Photos) -> Start:
         print(
             f"Warning: photos or split differ from those of run {parent.run_id}. Photos validated "
             "on here may have been trained on there."
-        )
-    if parent.phase == "direct":
-        raise CheckpointError(
-            f"Run {parent.run_id} is a direct run with the head of its pretraining; "
-            "finetune from a transfer run."
         )
     origin = {
         "parent_run_id": parent.run_id,

@@ -46,13 +46,8 @@ class Ready:
 
 
 def page() -> None:
-    parts.style()
-    st.header("What does the network see, before and after?", anchor=False)
-    library = parts.library()
-    snapshot = library.snapshot()
-    if not snapshot.runs:
-        parts.no_runs(library.runs_dir)
-        parts.problems(snapshot)
+    snapshot = parts.opened("What does the network see, before and after?")
+    if snapshot is None:
         return
     left, right = st.columns([3, 1])
     with left:

@@ -21,18 +21,13 @@ _WHILE_IDLE: Final = 15.0  # only to notice a run that has just been started
 
 
 def page() -> None:
-    parts.style()
-    st.header("Did unfreezing help, and by how much?", anchor=False)
-    library = parts.library()
-    snapshot = library.snapshot()
-    if not snapshot.runs:
-        parts.no_runs(library.runs_dir)
-        parts.problems(snapshot)
+    snapshot = parts.opened("Did unfreezing help, and by how much?")
+    if snapshot is None:
         return
     selected = _choose_runs(snapshot)
     view = _choose_view()
     every = _WHILE_RUNNING if snapshot.running else _WHILE_IDLE
-    st.fragment(_live, run_every=every)(library, snapshot, selected, view)
+    st.fragment(_live, run_every=every)(parts.library(), snapshot, selected, view)
     parts.problems(snapshot)
 
 

@@ -65,6 +65,18 @@ def style() -> None:
     st.html(_STYLE)
 
 
+def opened(title: str) -> Snapshot | None:
+    """Begin a page: its style and title, and the runs; without any, says what to type."""
+    style()
+    st.header(title, anchor=False)
+    snapshot = library().snapshot()
+    if snapshot.runs:
+        return snapshot
+    no_runs(library().runs_dir)
+    problems(snapshot)
+    return None
+
+
 def no_runs(folder: Path) -> None:
     """What to type where there is nothing to show yet."""
     where = "" if folder == Path("runs") else f" --runs-dir {shlex.quote(str(folder))}"

@@ -1,0 +1,44 @@
+"""Imports go downwards only, and what reads runs needs nothing but the standard library."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = ["trainer", "export", "explorer", "streamlit_app"]  # from the ground up
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of everything a file imports, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_go_downwards(floor: str) -> None:
+    above = set(FLOORS[FLOORS.index(floor) + 1 :])
+    for path in [*(ROOT / floor).rglob("*.py"), *ROOT.glob(f"{floor}.py")]:
+        assert not above & {name.partition(".")[0] for name in imports(path)}, path
+
+
+@pytest.mark.parametrize("module", ["schema", "runlog", "cli"])
+def test_reading_runs_needs_the_standard_library_only(module: str) -> None:
+    allowed = set(sys.stdlib_module_names) | {"trainer"}
+    for name in imports(ROOT / "trainer" / f"{module}.py"):
+        assert name.partition(".")[0] in allowed
+        if name.startswith("trainer."):
+            assert name in ("trainer.schema", "trainer.runlog", "trainer.cli")
+
+
+def test_only_pages_touch_streamlit() -> None:
+    for path in (ROOT / "explorer").rglob("*.py"):
+        assert ("streamlit" in imports(path)) <= (path.parent.name == "pages"), path
