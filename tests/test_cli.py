@@ -56,6 +56,8 @@ def test_every_flag_of_the_parser_is_a_setting(photos: Path) -> None:
         (["--phase", "transfer", "--optimizer", "lion"], "--optimizer lion: choose one of adam"),
         (["--phase", "transfer", "--schedule", "poly"], "--schedule poly"),
         (["--phase", "transfer", "--arch", "efficientnet_b9"], "Did you mean efficientnet_b"),
+        (["--phase", "transfer", "--arch", "timm:resnet_18"], "Did you mean resnet18"),
+        (["--phase", "finetune", "--arch", "efficientnet_b9"], "Did you mean efficientnet_b"),
         (["--phase", "transfer", "--data", "/nowhere"], "There is no folder /nowhere"),
         (["--phase", "transfer", "--weights", "/nowhere.pth"], "--weights /nowhere.pth"),
         (["--phase", "finetune", "--from", "nothing"], "There is no runs folder"),
@@ -69,9 +71,16 @@ def test_user_errors(
     message: str,
 ) -> None:
     common = ["--data", str(photos), "--runs-dir", str(tmp_path / "runs")]
-    weights = [] if "--weights" in flags else ["--weights", "none"]
+    weights = [] if "--weights" in flags or "--arch" in flags else ["--weights", "none"]
     assert message in error_of(capsys, *common, *weights, *flags)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_head_says_what_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--phase", "transfer", "--head", "big"])
+    assert stopped.value.code == 2
+    assert "--head: big: must be linear or sizes such as 512,256" in capsys.readouterr().err
 
 
 def test_weights_that_cannot_be_had(

@@ -141,7 +141,7 @@ def test_a_class_with_one_photo(tmp_path: Path, make_photos: PhotoFolder) -> Non
     make_photos(tmp_path)
     for extra in sorted((tmp_path / "red").iterdir())[1:]:
         extra.unlink()
-    with pytest.raises(DataError, match=r"Class 'red'.* needs at least one of each"):
+    with pytest.raises(DataError, match=r"Class 'red'.* has one photo only.* needs two"):
         list_photos(config(tmp_path))
 
 

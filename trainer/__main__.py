@@ -180,7 +180,12 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
 
 
 def _head(text: str) -> tuple[int, ...]:
-    return () if text == "linear" else tuple(int(part) for part in text.split(","))
+    if text == "linear":
+        return ()
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: must be linear or sizes such as 512,256")
+    return tuple(int(part) for part in parts)
 
 
 _SCHEDULE: Final = ("name", "decay", "drop", "epochs_drop", "warmup")

@@ -268,12 +268,14 @@ def _check_counts(listing: Listing, items: Iterable[Item]) -> None:
     for item in items:
         counts[item.label][item.split] += 1
     for label, name in enumerate(listing.classes):
-        total = counts[label]["train"] + counts[label]["val"]
-        if total < 2 or counts[label]["train"] == 0:
+        train, val = counts[label]["train"], counts[label]["val"]
+        if train + val < 2 or train == 0:
+            what = (
+                "one photo only" if train + val == 1 else f"{train} to train on, {val} to validate"
+            )
             raise DataError(
-                f"Class {name!r} in {listing.root} has {counts[label]['train']} readable training "
-                f"and {counts[label]['val']} validation photos; it needs at least one of each. "
-                "Add photos or move the folder away."
+                f"Class {name!r} in {listing.root} has {what}. It needs two readable photos or "
+                "more, one of them to train on. Add photos or move the folder away."
             )
     if not any(counts[label]["val"] for label in counts):
         raise DataError(f"{listing.root} has no validation photos at all.")

@@ -42,6 +42,9 @@ def fit(config: Config) -> Run:
     # Before any work: nobody should wait for ten thousand photos to learn of these.
     choose_device(config.device)
     check_writable(config.runs_dir)
+    if config.parent is None:
+        arch = config.arch or DEFAULT_ARCH
+        build_model(ModelSpec(arch, 2, config.head or (), config.pool or "avg"))
     if config.phase == "finetune":
         return finetune(config)
     return from_weights(config)
@@ -51,7 +54,6 @@ def from_weights(config: Config, photos: Photos | None = None) -> Run:
     """direct, scratch and transfer: everything that starts from weights, not from a run."""
     config, weights = choose_weights(config)
     arch = config.arch or DEFAULT_ARCH
-    build_model(ModelSpec(arch, 2))  # an unknown arch should not wait for the photos
     preprocess = default_preprocess(arch)
     photos = photos or load_photos(config, preprocess)
     torch.manual_seed(config.seed)
