@@ -58,6 +58,7 @@ def test_every_flag_of_the_parser_is_a_setting(photos: Path) -> None:
         (["--phase", "transfer", "--arch", "efficientnet_b9"], "Did you mean efficientnet_b"),
         (["--phase", "transfer", "--arch", "timm:resnet_18"], "Did you mean resnet18"),
         (["--phase", "finetune", "--arch", "efficientnet_b9"], "Did you mean efficientnet_b"),
+        (["--phase", "transfer", "--arch", "densenet121", "--pool", "max"], "--pool max"),
         (["--phase", "transfer", "--data", "/nowhere"], "There is no folder /nowhere"),
         (["--phase", "transfer", "--weights", "/nowhere.pth"], "--weights /nowhere.pth"),
         (["--phase", "finetune", "--from", "nothing"], "There is no runs folder"),
