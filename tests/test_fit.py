@@ -250,6 +250,19 @@ def test_direct_needs_a_whole_network(
     assert "--weights none" in capsys.readouterr().err
 
 
+def test_direct_is_one_evaluation_with_the_pretrained_classes(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--phase", "direct", "--data", str(photos), "--runs-dir", str(tmp_path)]
+    assert main([*flags, "--arch", "timm:tf_efficientnet_lite0"]) == 0
+    assert "class number i is compared with its output i" in capsys.readouterr().out
+    (run,) = list_runs(tmp_path)
+    assert [(e.epoch, e.train_loss, e.trainable_params) for e in run.epochs] == [(0, None, 0)]
+    assert run.info["phases"][0]["last_epoch"] == 0
+    assert len(run.classes) == 1000
+    load_model(checkpoint_path(run, "after"))
+
+
 def test_direct_on_photos_named_by_imagenet_class(tmp_path: Path) -> None:
     """The pretrained head reads real photographs: names and preprocessing are right."""
     for photo in sorted(shared("photos/imagenet-samples").iterdir()):

@@ -102,15 +102,16 @@ class PhaseRun:
             if config.phase == "finetune":
                 self._save_predictions("before", before)
             self._save_checkpoint("last", first)
-            best = first if epochs else None
-            if epochs == 0:
+            if config.phase == "direct":
+                best = first
                 self._keep_best(first, before)
+                self.writer.end_phase(first.epoch)
             else:
                 best = self._train(epochs, progress)
         self.board.close()
         boundary = first if config.phase == "finetune" else None
         seconds = self.prefix_seconds + progress.seconds
-        print(summary(config.phase, best or first, boundary, seconds))
+        print(summary(config.phase, best, boundary, seconds))
 
     def _train(self, epochs: int, progress: PhaseProgress) -> EpochRecord:
         """Train and return the record of the best epoch."""
