@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, Literal, Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from trainer.preprocess import Photo, open_photo, to_array
 from trainer.runlog import Run, RunError, checkpoint_path
@@ -113,9 +113,11 @@ def thumbnail(image: Image.Image, side: int = 440) -> Image.Image:
 
     A strip of 1 x 10,000 pixels is thickened: Streamlit fails on a picture it would scale to none.
     """
-    small = image if max(image.size) <= side else ImageOps.contain(image, (side, side))
+    scale = min(1.0, side / max(image.size))
     least = side // 20
-    return small.resize((max(small.width, least), max(small.height, least)))
+    return image.resize(
+        (max(round(image.width * scale), least), max(round(image.height * scale), least))
+    )
 
 
 def agreement(predictions: list[Prediction]) -> str:
