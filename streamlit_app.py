@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import streamlit as st
 
-from explorer.pages import classify, compare
+
+@asynccontextmanager
+async def _warm_up(app: st.App) -> AsyncIterator[None]:
+    """Import pandas and Altair while the browser is still opening: over half a second."""
+    pages = ("explorer.pages.app",)
+    threading.Thread(target=importlib.import_module, args=pages, daemon=True).start()
+    yield
 
 
-def main() -> None:
-    st.set_page_config(page_title="Thaw", layout="wide")
-    pages = [
-        st.Page(compare.page, title="Compare", url_path="compare", default=True),
-        st.Page(classify.page, title="Classify", url_path="classify"),
-    ]
-    st.navigation(pages, position="top").run()
-
-
-if __name__ == "__main__":
-    main()
+app = st.App("explorer/pages/app.py", lifespan=_warm_up)

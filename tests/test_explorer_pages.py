@@ -14,7 +14,7 @@ from explorer.classify import Guess, Prediction, Slot, agreement, slots, thumbna
 from tests.explorer_runs import write_finetune, write_run, write_trunk
 from trainer.runlog import read_run
 
-APP = str(Path(__file__).resolve().parents[1] / "streamlit_app.py")
+APP = str(Path(__file__).resolve().parents[1] / "explorer/pages/app.py")
 
 
 @pytest.fixture

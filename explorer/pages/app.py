@@ -1,0 +1,20 @@
+"""The pages and their navigation: what runs for each visitor."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from explorer.pages import classify, compare
+
+
+def main() -> None:
+    st.set_page_config(page_title="Thaw", layout="wide")
+    pages = [
+        st.Page(compare.page, title="Compare", url_path="compare", default=True),
+        st.Page(classify.page, title="Classify", url_path="classify"),
+    ]
+    st.navigation(pages, position="top").run()
+
+
+if __name__ == "__main__":
+    main()
