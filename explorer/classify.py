@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final, Literal, Protocol
+from typing import IO, Final, Literal
 
 from PIL import Image
 
@@ -47,12 +47,6 @@ class Prediction:
     @property
     def label(self) -> str:
         return self.guesses[0].label
-
-
-class Classifies(Protocol):
-    """What the page needs of a network; ONNX models will join through the same face."""
-
-    def predict(self, image: Image.Image) -> Prediction: ...
 
 
 def slots(run: Run) -> list[Slot]:

@@ -343,6 +343,10 @@ def test_the_sample_trains_without_a_network(
     assert finetune.parent_run_id == transfer.run_id
     assert finetune.info["model"]["arch"] == "timm:tf_efficientnet_lite0"
     assert finetune.info["dataset"]["name"] == "sample"
+    other = ["--phase", "transfer", "--epochs", "1", *TINY, "--runs-dir", str(tmp_path / "runs")]
+    assert main(other) == 0  # a network that was asked for is not the sample's own
+    assert main(flags) == 0
+    assert list_runs(tmp_path / "runs")[-1].parent_run_id == transfer.run_id
 
 
 def test_interrupted_parent_is_not_picked(lineage: tuple[Run, Run], train: Train) -> None:

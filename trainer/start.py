@@ -66,15 +66,18 @@ def sample_arch(config: Config) -> Config:
 
 
 def _sample_trunk(config: Config) -> Run | None:
-    """The newest transfer run on the sample: what could be downloaded then is settled."""
-    runs = [
-        run
-        for run in list_runs(config.runs_dir)
-        if run.phase == "transfer"
-        and run.status == "done"
-        and run.info.get("dataset", {}).get("name") == SAMPLE
-    ]
-    return runs[-1] if runs else None
+    """The newest transfer run that settled what could be downloaded for the sample."""
+    for run in _finished_transfers(config):
+        settled = run.info.get("model", {}).get("arch") in (DEFAULT_ARCH, LITE0)
+        if settled and run.info.get("dataset", {}).get("name") == SAMPLE:
+            return run
+    return None
+
+
+def _finished_transfers(config: Config) -> list[Run]:
+    """Newest first."""
+    runs = list_runs(config.runs_dir)[::-1]
+    return [run for run in runs if run.phase == "transfer" and run.status == "done"]
 
 
 def start_from_weights(
@@ -165,10 +168,8 @@ def newest_parent(config: Config, photos: Photos) -> Run | None:
     """
     candidates = [
         run
-        for run in reversed(list_runs(config.runs_dir))
-        if run.phase == "transfer"
-        and run.status == "done"
-        and run.info.get("dataset", {}).get("fingerprint") == photos.fingerprint
+        for run in _finished_transfers(config)
+        if run.info.get("dataset", {}).get("fingerprint") == photos.fingerprint
     ]
     for run in candidates:
         if _is_as_asked(config, run):
