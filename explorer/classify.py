@@ -12,7 +12,7 @@ from typing import IO, Final, Literal
 
 from PIL import Image
 
-from trainer.preprocess import Photo, open_photo, to_array
+from trainer.preprocess import Photo, open_photo, side_to_decode, to_array
 from trainer.runlog import Run, RunError, checkpoint_path
 from trainer.schema import Preprocess
 
@@ -97,9 +97,10 @@ class Classifier:
             return logits.float().softmax(dim=1)[0].tolist()
 
 
-def decode(source: Path | IO[bytes]) -> Image.Image:
-    """A photo as the networks see it: upright, RGB. Raises PhotoError with the reason."""
-    return open_photo(source)
+def decode(source: Path | IO[bytes], preprocess: Preprocess) -> Image.Image:
+    """A photo as a network with this preprocessing sees it: upright, RGB, a large JPEG at reduced
+    size. Raises PhotoError with the reason."""
+    return open_photo(source, side_to_decode(preprocess))
 
 
 def thumbnail(image: Image.Image, side: int = 440) -> Image.Image:

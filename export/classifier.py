@@ -24,6 +24,8 @@ from export.session import Device, Session, open_session
 from trainer.preprocess import Photo, PhotoError, load_photo, to_array, upright_rgb
 from trainer.schema import Preprocess, ThawError
 
+# An image that is open already is taken as it is. A large JPEG is decoded at reduced size where its
+# path or file is given, as in training; the difference is a fraction of a grey level.
 Source = Path | IO[bytes] | Image.Image
 Decoded = tuple[str, Photo | PhotoError]  # the photo's name, and the photo or what is wrong with it
 

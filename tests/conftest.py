@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from trainer.__main__ import main as trainer_main
+from trainer.config import Config
+from trainer.data import load_photos
+from trainer.model import InputNormalize, ModelSpec, build_model
 from trainer.runlog import Run, list_runs
+from trainer.schema import Preprocess
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # A small torchvision network that needs no download.
@@ -69,6 +75,38 @@ def train(tmp_path: Path, photos: Path) -> Train:
         argv = [*chosen, "--data", str(data), "--runs-dir", str(runs_dir), *flags]
         assert trainer_main(argv) == 0
         return list_runs(runs_dir)[-1]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def awake(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> str:
+    """A file with random weights and BatchNorm statistics of real photos, for TINY's network.
+
+    Without these hardly anything of a photo reaches the end of a random network, and all trainings
+    look the same.
+    """
+    torch.manual_seed(0)
+    network = build_model(ModelSpec("mobilenet_v3_small", 3)).train()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    config = Config("transfer", data=str(photos), cache=False)
+    pixels = torch.from_numpy(load_photos(config, Preprocess()).train.photos[:])
+    with torch.no_grad():
+        network(InputNormalize(Preprocess())(pixels))
+    path = tmp_path_factory.mktemp("weights") / "awake.pth"
+    torch.save(network.state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture
+def train_awake(train: Train, awake: str) -> Train:
+    """As `train`, from these weights."""
+
+    def run(*flags: str, **options: Any) -> Run:
+        given = () if "--from" in flags else ("--weights", awake)
+        return train(*given, *flags, **options)
 
     return run
 

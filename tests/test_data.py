@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import trainer.data
 from tests.conftest import PhotoFolder
 from trainer.config import Augmentation, Config
 from trainer.data import DataError, Listing, list_photos, load_photos
@@ -179,19 +180,17 @@ def test_a_class_that_loses_all_its_photos_is_fatal(
 
 def test_arrays_match_their_labels(photos: Path) -> None:
     loaded = load_photos(config(photos), SMALL)
-    assert loaded.val.photos.shape == (len(loaded.val), 32, 32, 3)
+    assert loaded.val.photos[:].shape == (len(loaded.val), 32, 32, 3)
     for file, label in zip(loaded.train.files, loaded.train.labels, strict=True):
         assert file.startswith(f"{loaded.classes[label]}/")
-    assert len(np.unique(loaded.train.photos.reshape(len(loaded.train), -1), axis=0)) == len(
-        loaded.train
-    )
+    pixels = loaded.train.photos[:].reshape(len(loaded.train), -1)
+    assert len(np.unique(pixels, axis=0)) == len(loaded.train)
 
 
 def test_crop_from_enlarges_training_photos_only(photos: Path) -> None:
     larger = config(photos, augmentation=Augmentation(crop_from=40))
     loaded = load_photos(larger, SMALL)
-    assert loaded.train.photos.shape[1:3] == (40, 40)
-    assert loaded.val.photos.shape[1:3] == (32, 32)
+    assert (loaded.train.photos.side, loaded.val.photos.side) == (40, 32)
     with pytest.raises(DataError, match="--crop-from 20"):
         load_photos(config(photos, augmentation=Augmentation(crop_from=20)), SMALL)
 
@@ -213,12 +212,45 @@ def test_fingerprint_changes_with_content_name_and_split(tmp_path: Path, photos:
     assert fingerprint() != original
 
 
-def test_more_photos_than_memory_go_to_a_file(
+def test_photos_are_decoded_once(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_memory = load_photos(config(photos), SMALL)
+    cache = {"cache_dir": tmp_path / "cache"}
+    first = load_photos(config(photos, **cache), SMALL)
+    decode = trainer.data.load_photo
+    monkeypatch.setattr(trainer.data, "load_photo", _never)
+    again = load_photos(config(photos, **cache), SMALL)
+    assert np.array_equal(again.train.photos[:], first.train.photos[:])
+    assert again.train.digest == first.train.digest
+    monkeypatch.setattr(trainer.data, "load_photo", decode)
+    other = load_photos(config(photos, **cache), dataclasses.replace(SMALL, resize=40))
+    assert not np.array_equal(other.train.photos[:], first.train.photos[:])
+    assert other.train.digest != first.train.digest
+
+
+def _never(*_: object) -> None:
+    raise AssertionError("decoded again")
+
+
+def test_a_decoded_photo_that_is_damaged_in_the_cache_is_decoded_again(
+    photos: Path, tmp_path: Path
+) -> None:
+    cached = config(photos, cache_dir=tmp_path / "cache")
+    first = load_photos(cached, SMALL).train.photos[:]
+    for path in (tmp_path / "cache").rglob("*.rows"):
+        content = bytearray(path.read_bytes())
+        content[-100] ^= 1
+        path.write_bytes(content)
+    assert np.array_equal(load_photos(cached, SMALL).train.photos[:], first)
+
+
+def test_without_cache_photos_are_in_memory_or_in_a_file_without_a_name(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = config(photos, cache_dir=tmp_path / "cache", cache=False)
+    in_memory = load_photos(without, SMALL)
+    assert not (tmp_path / "cache").exists()
     monkeypatch.setattr("trainer.data._IN_MEMORY_BYTES", 0)
-    mapped = load_photos(config(photos, cache_dir=tmp_path / "cache"), SMALL)
-    assert isinstance(mapped.train.photos, np.memmap)
-    assert np.array_equal(mapped.train.photos, in_memory.train.photos)
+    in_file = load_photos(without, SMALL)
+    assert np.array_equal(in_file.train.photos[:], in_memory.train.photos[:])
     assert not list((tmp_path / "cache").iterdir())  # nothing is left behind

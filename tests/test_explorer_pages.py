@@ -13,6 +13,7 @@ from explorer import classify
 from explorer.classify import Guess, Prediction, Slot, agreement, slots, thumbnail
 from tests.explorer_runs import write_finetune, write_run, write_trunk
 from trainer.runlog import read_run
+from trainer.schema import Preprocess
 
 APP = str(Path(__file__).resolve().parents[1] / "explorer/pages/app.py")
 
@@ -142,6 +143,7 @@ class Stub:
 
     def __init__(self, path: Path) -> None:
         self.label = path.stem
+        self.preprocess = Preprocess()
 
     def predict(self, image: Image.Image) -> Prediction:
         return Prediction((Guess(self.label, 0.75), Guess("<i>other</i>", 0.25)), 0.012)

@@ -1,87 +1,83 @@
-"""Computing what is frozen once must not change what is learned."""
+"""Where a network is cut, and that its parts are the whole."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 import torch
 
-from tests.conftest import Train
-from trainer.model import ModelSpec, build_model, set_train_mode, unfreeze, unfreeze_head
-from trainer.prefix import cut
-from trainer.runlog import Run
+from trainer.model import ModelSpec, build_model, unfreeze, unfreeze_head
+from trainer.phase import Part
+from trainer.prefix import Trace, in_order, trace
 
 EXAMPLE = torch.rand(3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
 
 def test_b0_is_cut_where_little_crosses_over() -> None:
     network = build_model(ModelSpec("efficientnet_b0", 5))
+    traced = Trace(network, EXAMPLE)
     unfreeze_head(network)
-    pooled = cut(network, EXAMPLE)
+    pooled = traced.cut()
     assert pooled is not None
-    assert (pooled.at, pooled.bytes_per_photo) == ("classifier.0", 1280 * 4)
+    assert (pooled.at, pooled.parts) == ("classifier.0", (("float32", (1280,)),))
+    deeper = []
     for which in ("10", "20", "features.7"):  # for 10 it could be later, and larger
         unfreeze(network, which)
-        found = cut(network, EXAMPLE)
+        found = traced.cut()
         assert found is not None
         assert found.at == "features.7.0.block.0.0"
         assert found.bytes_per_photo == 192 * 7 * 7 * 4
+        deeper.append(found)
+    assert in_order([pooled, None, *deeper]) == [deeper[0], pooled]
 
 
 @pytest.mark.parametrize(
     "arch", ["densenet121", "swin_t", "timm:vit_tiny_patch16_224", "googlenet"]
 )
-@pytest.mark.parametrize("which", ["3", "8"])
-def test_the_parts_give_what_the_whole_gives(arch: str, which: str) -> None:
+def test_the_parts_give_what_the_whole_gives(arch: str) -> None:
     network = build_model(ModelSpec(arch, 5)).eval()
-    unfreeze(network, which)
-    found = cut(network, EXAMPLE)
-    assert found is not None
+    traced = Trace(network, EXAMPLE)
+    cuts = []
+    for which in ("8", "3"):
+        unfreeze(network, which)
+        cuts.append(traced.cut())
     photos = torch.rand(5, 3, 224, 224)  # another batch size than it was traced with
+    stages = [None, *in_order(cuts), None]
     with torch.inference_mode():
-        assert torch.allclose(found.tail(*found.prefix(photos)), network(photos), atol=1e-5)
+        values: tuple[torch.Tensor, ...] = (photos,)
+        for start, stop in pairwise(stages[:-1]):
+            values = traced.part(start, stop)(*values)
+        logits = traced.part(stages[-2], None)(*values)
+        assert torch.allclose(logits, network(photos), atol=1e-5)
 
 
-def test_the_parts_share_their_modules() -> None:
+def test_a_copy_of_the_tail_trains_alone_and_shares_what_is_frozen() -> None:
     network = build_model(ModelSpec("efficientnet_b0", 5))
     unfreeze(network, "20")
-    found = cut(network, EXAMPLE)
-    assert found is not None
-    ours = {id(p) for p in network.parameters() if p.requires_grad}
-    assert ours <= {id(p) for p in found.tail.parameters()}
-    assert not ours & {id(p) for p in found.prefix.parameters()}
-    set_train_mode(network)
-    assert found.tail.get_submodule("classifier.0").training
-    assert not found.tail.get_submodule("features.8.1").training
+    part = Part.of(network, Trace(network, EXAMPLE))
+    one, two = part.copy(), part.copy()
+    for name, parameter in one.named_parameters():
+        other = two.get_parameter(name)
+        assert (other is parameter) == (not parameter.requires_grad)
+        assert torch.equal(other, network.get_parameter(name))
+    assert all(two.get_buffer(name) is buffer for name, buffer in one.named_buffers())
+    assert "classifier.0" in part.training
+    assert "features.8.1" not in part.training  # BatchNorm
+    whole = Part.of(network, None).copy()
+    assert not {id(p) for p in network.parameters() if p.requires_grad} & {
+        id(p) for p in whole.parameters()
+    }
 
 
-def test_nothing_frozen_is_no_prefix() -> None:
+def test_what_has_no_frozen_beginning_or_cannot_be_traced_runs_whole() -> None:
     network = build_model(ModelSpec("mobilenet_v3_small", 5))
+    traced = Trace(network, EXAMPLE)
     unfreeze(network, "all")
-    assert cut(network, EXAMPLE) is None
+    assert traced.cut() is None
 
+    class Decides(torch.nn.Module):
+        def forward(self, photos: torch.Tensor) -> torch.Tensor:
+            return photos if photos.sum() > 0 else -photos
 
-def figures(run: Run) -> list[float]:
-    return [v for e in run.epochs for v in (e.train_loss or 0.0, e.val_loss, e.val_acc)]
-
-
-@pytest.mark.parametrize("augmentation", [(), ("--rotation", "0.05", "--noise", "2")])
-def test_training_is_the_same_with_and_without(train: Train, augmentation: tuple[str, ...]) -> None:
-    flags = ("--phase", "transfer", "--epochs", "3", "--lr", "0.01", *augmentation)
-    once, anew = train(*flags), train(*flags, "--no-cache")
-    assert once.info["engine"]["cut"] == "classifier.0"
-    assert "engine" not in anew.info
-    assert figures(once) == pytest.approx(figures(anew), rel=1e-4)
-    flags = ("--phase", "finetune", "--epochs", "3", "--lr", "0.001", *augmentation)
-    flags = (*flags, "--from", once.run_id)
-    assert figures(train(*flags)) == pytest.approx(figures(train(*flags, "--no-cache")), rel=1e-4)
-
-
-def test_too_much_for_memory_runs_whole(
-    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    flags = ("--phase", "transfer", "--epochs", "2", "--lr", "0.01")
-    once = train(*flags)
-    monkeypatch.setattr("trainer.loop.MEMORY_BYTES", 0)
-    assert figures(train(*flags)) == pytest.approx(figures(once), rel=1e-4)
+    assert trace(Decides(), EXAMPLE) is None

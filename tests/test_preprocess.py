@@ -12,7 +12,14 @@ from torchvision.models import EfficientNet_B0_Weights
 
 from tests.conftest import draw_photo, shared
 from trainer.model import InputNormalize
-from trainer.preprocess import MAX_PIXELS, PhotoError, load_photo, open_photo, to_array
+from trainer.preprocess import (
+    MAX_PIXELS,
+    PhotoError,
+    load_photo,
+    open_photo,
+    side_to_decode,
+    to_array,
+)
 from trainer.schema import Preprocess, ThawError
 
 PREPROCESS = Preprocess()
@@ -23,6 +30,23 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> io.Bytes
     image.save(file, kind, **options)
     file.seek(0)
     return file
+
+
+def scene(width: int, height: int) -> Image.Image:
+    """Like a photograph: soft shapes of all sizes, down to a few pixels, without sharp edges."""
+    rng = np.random.default_rng(0)
+    total = np.full((height, width), 128.0)
+    for side in (4, 16, 64, 256):
+        shapes = Image.fromarray(rng.normal(0, 60 / side**0.5, (side, side)).astype(np.float32))
+        total += np.asarray(shapes.resize((width, height), Image.Resampling.BICUBIC))
+    grey = Image.fromarray(total.clip(0, 255).astype(np.uint8))
+    return Image.merge(
+        "RGB", [grey, grey.rotate(180), grey.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    )
+
+
+def decoded_whole(file: io.BytesIO) -> np.ndarray:
+    return to_array(open_photo(file), PREPROCESS)
 
 
 def test_the_same_photo_gives_the_same_bytes_from_path_and_stream(tmp_path: Path) -> None:
@@ -53,6 +77,93 @@ def test_exif_orientation_is_applied() -> None:
     exif[0x0112] = 3  # upside down
     turned = open_photo(encode(upright.rotate(180), exif=exif))
     assert turned.getpixel((10, 10)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [
+        ((1000, 800), (250, 200)),
+        ((401, 601), (201, 301)),  # rounded up
+        ((256, 600), (128, 300)),
+        ((255, 600), (255, 600)),
+        ((160, 2000), (160, 2000)),  # it is the shorter side that counts
+        ((2400, 2400), (300, 300)),  # libjpeg goes no further than 1/8
+    ],
+)
+def test_a_large_jpeg_is_decoded_at_reduced_size(
+    size: tuple[int, int], decoded: tuple[int, int]
+) -> None:
+    file = encode(Image.new("RGB", size, "teal"), "JPEG")
+    assert open_photo(file, at_least=128).size == decoded
+    file.seek(0)
+    assert open_photo(file).size == size
+
+
+def test_load_photo_asks_for_twice_the_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def spy(image: Image.Image, preprocess: Preprocess) -> object:
+        sizes.append(image.size)
+        return to_array(image, preprocess)
+
+    monkeypatch.setattr("trainer.preprocess.to_array", spy)
+    assert side_to_decode(Preprocess(resize=300)) == 600
+    load_photo(encode(scene(2400, 1800), "JPEG"), Preprocess(resize=300))
+    assert sizes == [(1200, 900)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"),
+    [
+        ("RGB", (4000, 3000)),
+        ("RGB", (1025, 1537)),
+        ("L", (1600, 1200)),
+        ("CMYK", (1600, 1200)),
+    ],
+)
+def test_decoding_at_reduced_size_hardly_changes_the_photo(
+    mode: str, size: tuple[int, int]
+) -> None:
+    file = encode(scene(*size).convert(mode), "JPEG", quality=90)
+    whole = decoded_whole(file)
+    file.seek(0)
+    difference = np.abs(load_photo(file, PREPROCESS).astype(int) - whole)
+    assert difference.mean() < 1
+    assert whole.std() > 10  # there is something to see
+
+
+def test_a_photo_decoded_at_reduced_size_is_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    upright = scene(1500, 2000)
+    lying = encode(upright.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=90)
+    assert open_photo(lying, at_least=512).size == (750, 1000)
+    lying.seek(0)
+    expected = to_array(upright, PREPROCESS).astype(int)
+    assert np.abs(load_photo(lying, PREPROCESS) - expected).mean() < 2
+
+
+@pytest.mark.parametrize("size", [(1023, 1024), (512, 9000), (320, 240), (1, 1)])
+def test_small_photos_are_decoded_as_they_are(size: tuple[int, int]) -> None:
+    file = encode(scene(*size), "JPEG")
+    whole = decoded_whole(file)
+    file.seek(0)
+    assert load_photo(file, PREPROCESS).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_other_formats_are_decoded_as_they_are(kind: str) -> None:
+    file = encode(scene(1200, 1100), kind)
+    whole = decoded_whole(file)
+    file.seek(0)
+    assert load_photo(file, PREPROCESS).tobytes() == whole.tobytes()
+
+
+def test_the_limit_of_pixels_is_that_of_the_file() -> None:
+    side = int(MAX_PIXELS**0.5) + 8
+    bomb = encode(Image.new("L", (side, side)), "JPEG")
+    with pytest.raises(PhotoError, match=f"{side}x{side} pixels are more than the limit"):
+        open_photo(bomb, at_least=1)
 
 
 def test_transparency_lies_over_white_and_16_bit_grey_is_scaled() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
 from trainer.allocator import keep_freed_memory
+from trainer.cache import parse_size
 from trainer.cli import guarded
 from trainer.config import DEFAULT_LR, Augmentation, Config, Schedule, default_cache_dir
 from trainer.schema import PHASES
@@ -19,6 +22,8 @@ examples:
   python -m trainer --phase finetune                      both phases on the embedded sample
   python -m trainer --phase transfer --data photos/       the head, on your own class folders
   python -m trainer --phase finetune --data photos/ --unfreeze 20 --lr 1e-5
+  python -m trainer sweep --lr 1e-4 1e-6 --unfreeze 20 all   many finetunes from one parent
+  python -m trainer cache                                 what is kept to save time
   streamlit run streamlit_app.py                          compare the runs
 """
 
@@ -46,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(parser.add_argument_group("training"))
     _add_schedule(parser.add_argument_group("schedule (of the learning rate, by epochs)"))
     _add_photos(parser.add_argument_group("photos (augmentation; off unless given)"))
+    _add_speed(parser.add_argument_group("speed"))
     _add_run(parser.add_argument_group("run"))
     return parser
 
@@ -160,7 +166,6 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--seed", type=int, metavar="N", help="of weights, order and augmentation (0)"
     )
-    group.add_argument("--device", metavar="auto|cpu|cuda", help="(auto)")
     group.add_argument(
         "--early-stop",
         type=int,
@@ -169,14 +174,42 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--run-name", metavar="S", help="part of the run's folder name")
     group.add_argument("--runs-dir", type=Path, metavar="DIR", help="(runs)")
+
+
+def _add_speed(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--device", metavar="auto|cpu|cuda", help="(auto)")
+    group.add_argument(
+        "--views",
+        type=_views,
+        metavar="exact|auto|N",
+        help="exact: every epoch augments each photo anew; N: N views of each photo in turn, "
+        "another and faster training; auto: exact, and says when fewer would save much (exact)",
+    )
     group.add_argument(
         "--no-cache",
         dest="cache",
         action="store_false",
         default=None,
-        help="compute what is frozen anew in every epoch",
+        help="keep nothing: compute what is frozen anew in every epoch",
     )
     group.add_argument("--cache-dir", type=Path, metavar="DIR", help=f"({default_cache_dir()})")
+    group.add_argument(
+        "--cache-limit",
+        type=_size,
+        metavar="SIZE",
+        help="most that the cache may take, such as 500MB (20GB)",
+    )
+
+
+def _views(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _head(text: str) -> tuple[int, ...]:
@@ -188,6 +221,7 @@ def _head(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+_COMMANDS: Final = {"sweep": "trainer.sweep", "cache": "trainer.cache_command"}
 _SCHEDULE: Final = ("name", "decay", "drop", "epochs_drop", "warmup")
 _PHOTOS: Final = ("brightness", "contrast", "color", "rotation", "crop_from", "noise")
 
@@ -200,15 +234,20 @@ def parse(argv: list[str] | None = None) -> Config:
     return Config(schedule=schedule, augmentation=augmentation, **given)
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+def terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """A signal handler: ends the process so that what is being trained is kept first."""
     signal.signal(number, signal.SIG_DFL)  # a second signal stops at once
     raise SystemExit(128 + number)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 a mistake of the user's."""
-    signal.signal(signal.SIGTERM, _terminate)
-    return guarded(lambda: _train(parse(argv)))
+    signal.signal(signal.SIGTERM, terminate)
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] and arguments[0] in _COMMANDS:
+        command: Callable[[list[str]], int] = import_module(_COMMANDS[arguments[0]]).main
+        return command(arguments[1:])
+    return guarded(lambda: _train(parse(arguments)))
 
 
 def _train(config: Config) -> int:

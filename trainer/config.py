@@ -15,6 +15,7 @@ ScheduleName = Literal["constant", "exponential", "step", "cosine"]
 OptimizerName = Literal["adam", "adamw", "sgd"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 ColorMode = Literal["random", "fixed"]
+Views = int | Literal["exact", "auto"]
 
 
 class ConfigError(ThawError):
@@ -94,6 +95,11 @@ DEFAULT_LR: Final[dict[Phase, float]] = {
 class Config:
     """All settings of one training. None means: not given, take the default or the parent's.
 
+    `parent` is the run to start from; a transfer phase with a parent trains its head further.
+    `views` is "exact" where every epoch has its own view of each photo, or the number of views that
+    are used in turn; "auto" is exact and says where fewer would be much faster.
+    `cache_limit` is in bytes.
+
     Raises ConfigError with the flag, its value and the remedy.
     """
 
@@ -121,6 +127,8 @@ class Config:
     device: DeviceName = "auto"
     cache: bool = True
     cache_dir: Path = field(default_factory=default_cache_dir)
+    cache_limit: int = 20 * 10**9
+    views: Views = "exact"
     seed: int = 0
     run_name: str | None = None
     runs_dir: Path = Path("runs")
@@ -137,13 +145,9 @@ class Config:
             (self.transfer_epochs or 1) >= 1, "--transfer-epochs", self.transfer_epochs, "1 or more"
         )
         _check(self.batch_size >= 1, "--batch-size", self.batch_size, "1 or more")
-        _check(self.lr is None or self.lr > 0, "--lr", self.lr, "above zero")
-        _check(
-            self.transfer_lr is None or self.transfer_lr > 0,
-            "--transfer-lr",
-            self.transfer_lr,
-            "above zero",
-        )
+        for flag, rate in (("--lr", self.lr), ("--transfer-lr", self.transfer_lr)):
+            # Far above what is of use, and below what float32 optimizers cannot hold.
+            _check(rate is None or 0 < rate <= 1e30, flag, rate, "above zero, at most 1e30")
         _one_of("--optimizer", self.optimizer, get_args(OptimizerName))
         _one_of("--pool", self.pool or "avg", ("avg", "max"))
         _one_of("--device", self.device, get_args(DeviceName))
@@ -153,6 +157,9 @@ class Config:
             self.head,
             "'linear' or layer sizes such as 512,256",
         )
+        _check(self.cache_limit >= 0, "--cache-limit", self.cache_limit, "zero or more bytes")
+        good = self.views >= 1 if isinstance(self.views, int) else self.views in ("exact", "auto")
+        _check(good, "--views", self.views, "exact, auto, or a number of 1 or more")
         _check(0 <= self.seed < 2**63, "--seed", self.seed, "zero or more")
         _check(
             self.early_stop is None or self.early_stop >= 1,
@@ -163,14 +170,20 @@ class Config:
         self._check_phase()
 
     def _check_phase(self) -> None:
+        if self.parent is not None and self.phase not in ("transfer", "finetune"):
+            raise ConfigError(f"--from belongs to --phase transfer or finetune, not {self.phase}.")
         if self.phase != "finetune":
             for flag, value in (
-                ("--from", self.parent),
                 ("--transfer-epochs", self.transfer_epochs),
                 ("--transfer-lr", self.transfer_lr),
             ):
                 if value is not None:
                     raise ConfigError(f"{flag} belongs to --phase finetune, not {self.phase}.")
+
+    @property
+    def distinct_views(self) -> int | None:
+        """How many views of a photo are used in turn; None: every epoch has its own."""
+        return self.views if isinstance(self.views, int) else None
 
     @property
     def learning_rate(self) -> float:

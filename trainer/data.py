@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import os
-import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,14 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import features
 from tqdm import tqdm
 
+from trainer.cache import Cache, Key, say
 from trainer.cli import inert
 from trainer.config import SAMPLE, Config
 from trainer.preprocess import PHOTO_SUFFIXES, Photo, PhotoError, is_photo, load_photo
+from trainer.rows import Header, Layout, RowFile, Rows
 from trainer.schema import Preprocess, ThawError
 
 _SPLIT_NAMES: Final = {
@@ -31,7 +34,7 @@ _SPLIT_NAMES: Final = {
     "validation": "val",
     "test": "test",
 }
-# Above this the decoded photos go to a file in the cache folder instead of memory.
+# Photos that cannot be cached are kept in memory up to here, else in a file that has no name.
 _IN_MEMORY_BYTES: Final = 4 << 30
 
 
@@ -59,13 +62,47 @@ class Listing:
     notices: tuple[str, ...] = ()
 
 
+class PhotoRows:
+    """Decoded photos: `rows[i]` are uint8 [n, S, S, 3] for an array i of n numbers.
+
+    They lie in the cache, or in a file without a name; a photo that is damaged there is decoded
+    again.
+    """
+
+    def __init__(self, file: RowFile, rows: Rows, decode: Callable[[int], Photo]) -> None:
+        self._file, self._rows, self._decode = file, rows, decode
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def side(self) -> int:
+        """Pixels."""
+        return self._file.header.layout.parts[0][1][0]
+
+    def __getitem__(self, index: Rows | slice) -> Photo:
+        rows = self._rows[index]
+        (photos,), good = self._file.read(rows)
+        for i in np.flatnonzero(~good):
+            say(f"A decoded photo in the cache is damaged; it is decoded again (row {rows[i]}).")
+            photos[i] = self._decode(int(rows[i]))
+            with contextlib.suppress(OSError):  # it may be there for reading only
+                self._file.write(rows[i : i + 1], (photos[i : i + 1],))
+        return photos
+
+
 @dataclass(frozen=True)
 class Split:
-    """Decoded photos of one split: photos uint8 [N, S, S, 3], labels int64 [N]."""
+    """Decoded photos of one split with their labels, int64 [N].
 
+    `name` is the data set's; `digest` changes with any photo, its place and how it was decoded.
+    """
+
+    name: str
     files: tuple[str, ...]
     labels: NDArray[np.int64]
-    photos: Photo = field(repr=False)
+    photos: PhotoRows = field(repr=False)
+    digest: str
 
     def __len__(self) -> int:
         return len(self.files)
@@ -73,13 +110,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Photos:
-    """A data set ready for training. `fingerprint` changes with any photo, class or split."""
+    """A data set ready for training. `fingerprint` changes with any photo, class or split; `cache`
+    is the one it came through, None with `--no-cache`."""
 
     listing: Listing
     train: Split
     val: Split
     rejected: tuple[tuple[str, str], ...]
     fingerprint: str
+    cache: Cache | None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -288,7 +327,8 @@ def load_photos(config: Config, preprocess: Preprocess) -> Photos:
     """List, decode and fingerprint the photos. Raises DataError.
 
     Training photos are decoded at `--crop-from` pixels where that is given, all others as
-    `preprocess` says. Unreadable photos are listed, left out, and fatal with `--strict`.
+    `preprocess` says; what the cache holds is not decoded again. Unreadable photos are listed, left
+    out, and fatal with `--strict`.
     """
     listing = list_photos(config)
     larger = config.augmentation.crop_from
@@ -301,14 +341,14 @@ def load_photos(config: Config, preprocess: Preprocess) -> Photos:
         if larger is None
         else Preprocess(larger, larger, preprocess.interpolation, preprocess.mean, preprocess.std)
     )
-    decoded = [item for item in listing.items if item.split != "test"]
-    hashes: dict[str, str] = {}
+    used = [item for item in listing.items if item.split != "test"]
+    cache = Cache(config.cache_dir, config.cache_limit) if config.cache else None
     rejected: dict[str, str] = {}
+    hashes = _hash_all(listing.root, used, rejected)
     splits = {}
-    with tqdm(total=len(decoded), desc="Reading photos", unit="img", disable=None) as progress:
-        for name, wanted in (("train", train_preprocess), ("val", preprocess)):
-            items = [item for item in decoded if item.split == name]
-            splits[name] = _decode(listing.root, items, wanted, config, hashes, rejected, progress)
+    for name, wanted in (("train", train_preprocess), ("val", preprocess)):
+        items = [item for item in used if item.split == name and item.file in hashes]
+        splits[name] = _Decoder(listing, items, hashes, wanted).split(config, cache, rejected)
     if rejected:
         _report(rejected, config)
         _check_counts(listing, [item for item in listing.items if item.file not in rejected])
@@ -317,59 +357,126 @@ def load_photos(config: Config, preprocess: Preprocess) -> Photos:
         train=splits["train"],
         val=splits["val"],
         rejected=tuple(sorted(rejected.items())),
-        fingerprint=_fingerprint(listing, decoded, hashes),
+        fingerprint=_fingerprint(listing, used, hashes),
+        cache=cache,
     )
 
 
-def _decode(
-    root: Path,
-    items: list[Item],
-    preprocess: Preprocess,
-    config: Config,
-    hashes: dict[str, str],
-    rejected: dict[str, str],
-    progress: tqdm[Any],
-) -> Split:
-    photos = _allocate((len(items), preprocess.crop, preprocess.crop, 3), config.cache_dir)
+def _hash_all(root: Path, items: list[Item], rejected: dict[str, str]) -> dict[str, str]:
+    """SHA-256 of every file that can be read."""
 
-    def decode(row: int) -> str | None:
-        """Fill one row; returns the reason where the photo cannot be read."""
+    def digest(item: Item) -> str | None:
         try:
-            content = (root / items[row].file).read_bytes()
-            hashes[items[row].file] = hashlib.sha256(content).hexdigest()
-            photos[row] = load_photo(io.BytesIO(content), preprocess)
+            return hashlib.sha256((root / item.file).read_bytes()).hexdigest()
         except OSError as error:
-            return str(error.strerror)
-        except PhotoError as error:
-            return str(error)
-        finally:
+            rejected[item.file] = str(error.strerror)
+            return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(digest, items))
+    return {item.file: d for item, d in zip(items, found, strict=True) if d is not None}
+
+
+class _Decoder:
+    """Decodes the photos of one split into a file of rows."""
+
+    def __init__(
+        self,
+        listing: Listing,
+        items: list[Item],
+        hashes: Mapping[str, str],
+        preprocess: Preprocess,
+    ) -> None:
+        self._name, self._root, self._items = listing.name, listing.root, items
+        self._hashes, self._preprocess = hashes, preprocess
+        crop = preprocess.crop
+        self._layout = Layout((("uint8", (crop, crop, 3)),))
+
+    def split(self, config: Config, cache: Cache | None, rejected: dict[str, str]) -> Split:
+        key, size = self._key(self._items), len(self._items)
+        file = cache and cache.open(key, self._layout, size)
+        file = file or self._temporary(config)
+        try:
+            reasons = self._fill(file)
+        except OSError as error:  # a disk that is full after all
+            if cache is not None:
+                cache.give_up(error)
+            file = self._temporary(config)
+            reasons = self._fill(file)
+        items = self._items
+        rejected |= {i.file: r for i, r in zip(items, reasons, strict=True) if r is not None}
+        good = np.array([row for row, reason in enumerate(reasons) if reason is None], np.int64)
+        kept = [items[row] for row in good]
+        return Split(
+            self._name,
+            tuple(item.file for item in kept),
+            np.array([item.label for item in kept], np.int64),
+            PhotoRows(file, good, self._decode),
+            self._key(kept).digest,
+        )
+
+    def _key(self, items: list[Item]) -> Key:
+        pixels = {"preprocess": _pixels(self._preprocess), "decoder": decoder_versions()}
+        content = [self._hashes[item.file] for item in items]
+        about = {"data": self._name, "pixels": self._preprocess.crop}
+        return Key("photos", {**pixels, "photos": content}, about)
+
+    def _temporary(self, config: Config) -> RowFile:
+        header = Header("", self._layout, len(self._items), {})
+        size = self._layout.file_bytes(len(self._items))
+        try:
+            if size <= _IN_MEMORY_BYTES:
+                return RowFile.temporary(header, None)
+            config.cache_dir.mkdir(parents=True, exist_ok=True)
+            return RowFile.temporary(header, config.cache_dir)
+        except OSError as error:
+            raise DataError(
+                f"The decoded photos need {size / 1e9:.1f} GB in {config.cache_dir}: "
+                f"{error.strerror}. Free some space, or name another folder with --cache-dir."
+            ) from error
+
+    def _fill(self, file: RowFile) -> list[str | None]:
+        """Decode what is missing; returns for each photo the reason where it cannot be read."""
+        missing = np.flatnonzero(~file.has(np.arange(len(self._items))))
+        reasons: list[str | None] = [None] * len(self._items)
+
+        def decode(row: int) -> None:
+            try:
+                photo = self._decode(row)
+            except PhotoError as error:
+                reasons[row] = str(error)
+            else:
+                file.write(np.array([row]), (photo[None],))
             progress.update()
-        return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the GIL
-        reasons = list(pool.map(decode, range(len(items))))
-    rejected |= {i.file: r for i, r in zip(items, reasons, strict=True) if r is not None}
-    good = [row for row, reason in enumerate(reasons) if reason is None]
-    labels = np.array([items[row].label for row in good], dtype=np.int64)
-    kept = photos if len(good) == len(items) else photos[good]
-    return Split(tuple(items[row].file for row in good), labels, kept)
+        with (
+            tqdm(total=len(missing), desc="Reading photos", unit="img", disable=None) as progress,
+            ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow decodes outside the GIL
+        ):
+            list(pool.map(decode, missing.tolist()))
+        return reasons
+
+    def _decode(self, row: int) -> Photo:
+        """uint8 [S, S, 3]. Raises PhotoError."""
+        path = self._root / self._items[row].file
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise PhotoError(str(error.strerror)) from error
+        return load_photo(io.BytesIO(content), self._preprocess)
 
 
-def _allocate(shape: tuple[int, ...], cache_dir: Path) -> Photo:
-    size = int(np.prod(shape))
-    if size <= _IN_MEMORY_BYTES:
-        return np.empty(shape, np.uint8)
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache_dir) as file:
-            # Reserved now: a sparse file on a full disk would kill the process at a write instead.
-            os.posix_fallocate(file.fileno(), 0, size)
-            return np.memmap(file, np.uint8, "r+", shape=shape)
-    except OSError as error:
-        raise DataError(
-            f"The decoded photos need {size / 1e9:.1f} GB in {cache_dir}: {error.strerror}. "
-            "Free some space, or name another folder with --cache-dir."
-        ) from error
+def _pixels(preprocess: Preprocess) -> list[Any]:
+    """What of a preprocessing decides the bytes of a decoded photo: not mean and std."""
+    return [preprocess.resize, preprocess.crop, preprocess.interpolation]
+
+
+def decoder_versions() -> dict[str, str | None]:
+    """What turns a file into pixels; another version may give other ones."""
+    known = {
+        name: features.version(name) for name in ("pil", "jpg", "libjpeg_turbo", "webp", "zlib")
+    }
+    return {**known, "numpy": np.__version__}
 
 
 def _report(rejected: Mapping[str, str], config: Config) -> None:

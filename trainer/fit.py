@@ -3,151 +3,222 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from tqdm import tqdm
 
-from trainer.config import Config
+from trainer.config import Augmentation, Config, Schedule
 from trainer.data import Photos, load_photos
-from trainer.environment import choose_device, describe
-from trainer.model import (
-    DEFAULT_ARCH,
-    ModelSpec,
-    build_model,
-    freeze,
-    trainable_parameters,
-    unfreeze,
-    unfreeze_everything,
-    unfreeze_head,
-)
-from trainer.phase import PhaseRun
-from trainer.runlog import Run, RunWriter, check_writable, find_run, read_run
+from trainer.environment import choose_device
+from trainer.grid import SweepInfo, trunk
+from trainer.model import DEFAULT_ARCH, ModelSpec, build_model
+from trainer.phase import PhaseRun, pretrained_labels
+from trainer.progress import Progress, summary
+from trainer.runlog import Run, check_writable, find_run, read_run
 from trainer.schema import Preprocess
 from trainer.start import (
     Start,
     adopt,
     choose_weights,
+    continued,
     newest_parent,
     sample_arch,
     start_from_run,
     start_from_weights,
 )
+from trainer.together import Member, train_together
 from trainer.weights import default_preprocess
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run needs before its first epoch; `config` with everything resolved."""
+
+    config: Config
+    photos: Photos
+    start: Start
 
 
 def fit(config: Config) -> Run:
     """Train one phase as configured and return the finished run. Raises ThawError."""
-    # Before any work: nobody should wait for ten thousand photos to learn of these.
+    check_before_work(config)
+    return _train_alone(prepare_finetune(config) if config.phase == "finetune" else prepare(config))
+
+
+def check_before_work(config: Config) -> None:
+    """Nobody should wait for ten thousand photos to learn of these. Raises ThawError."""
     choose_device(config.device)
     check_writable(config.runs_dir)
     if config.parent is None:
         arch = config.arch or DEFAULT_ARCH
         build_model(ModelSpec(arch, 2, config.head or (), config.pool or "avg"))
-    if config.phase == "finetune":
-        return finetune(config)
-    return from_weights(config)
 
 
-def from_weights(config: Config, photos: Photos | None = None) -> Run:
-    """direct, scratch and transfer: everything that starts from weights, not from a run."""
+def prepare(config: Config, photos: Photos | None = None) -> Job:
+    """direct, scratch and transfer: from weights, or from the run whose head trains further."""
+    if config.parent is not None:
+        parent, config, photos = find_parent(config, photos)
+        assert parent is not None
+        return _from_run(config, parent, photos)
     config, weights = choose_weights(config)
     arch = config.arch or DEFAULT_ARCH
     preprocess = default_preprocess(arch)
     photos = photos or load_photos(config, preprocess)
     torch.manual_seed(config.seed)
     start = start_from_weights(config, arch, weights, preprocess, photos)
-    return _run_phase(config, photos, start)
+    if config.phase == "direct":
+        photos = dataclasses.replace(photos, val=pretrained_labels(photos, start))
+    return Job(config, photos, start)
 
 
-def finetune(config: Config) -> Run:
-    """Unfreeze the top layers of a finished run and train on, from its last frozen epoch."""
+def prepare_finetune(config: Config, photos: Photos | None = None) -> Job:
+    """The top layers of a finished run, to be unfrozen and trained from its last frozen epoch."""
+    parent, config, photos = find_parent(config, photos)
+    if parent is None:
+        parent = _transfer_first(config, photos)
+    return _from_run(config, parent, photos)
+
+
+def find_parent(config: Config, photos: Photos | None = None) -> tuple[Run | None, Config, Photos]:
+    """The run that a finetune starts from, `--from` or the newest that fits; None where there is
+    none. With it the settings that it decides, and the photos."""
     if config.parent is not None:
         parent = find_run(config.runs_dir, config.parent)
         config = adopt(config, parent)
         preprocess = Preprocess.from_dict(parent.info["preprocess"])
-        photos = load_photos(config, preprocess)
-    else:
-        config = sample_arch(config)
-        photos = load_photos(config, default_preprocess(config.arch or DEFAULT_ARCH))
-        parent = newest_parent(config, photos) or _transfer_first(config, photos)
+        return parent, config, photos or load_photos(config, preprocess)
+    config = sample_arch(config)
+    photos = photos or load_photos(config, default_preprocess(config.arch or DEFAULT_ARCH))
+    return newest_parent(config, photos), config, photos
+
+
+def _from_run(config: Config, parent: Run, photos: Photos) -> Job:
     start = start_from_run(config, parent, photos)
-    return _run_phase(config, photos, start)
+    if config.phase == "transfer":
+        config, start = continued(config, start, parent)
+    return Job(config, photos, start)
 
 
 def _transfer_first(config: Config, photos: Photos) -> Run:
     print(
         "No finished transfer run of this data and architecture: running the transfer phase first."
     )
-    transfer = dataclasses.replace(
-        config,
-        phase="transfer",
-        epochs=config.transfer_epochs or config.epochs,
-        lr=config.transfer_lr,
-        transfer_epochs=None,
-        transfer_lr=None,
-        schedule=dataclasses.replace(config.schedule, name="constant", warmup=0),
-        run_name=None,
+    return _train_alone(prepare(trunk(config), photos))
+
+
+def _train_alone(job: Job) -> Run:
+    config, photos = job.config, job.photos
+    _introduce(photos)
+    print(
+        f"{config.phase}: {len(photos.train)} training and {len(photos.val)} validation photos "
+        f"in {len(photos.classes)} classes, on {choose_device(config.device)} -> {config.runs_dir}"
     )
-    return from_weights(transfer, photos)
+    with Progress(_photos_to_train(job)) as progress:
+        (run,) = train_together([Member(config, job.start, config.phase)], photos, progress)
+        seconds = progress.seconds
+    if run.error is not None:
+        raise run.error
+    print(_summary(run, seconds))
+    return read_run(run.writer.path)
 
 
-def _unfreeze(config: Config, network: nn.Module) -> tuple[str, ...]:
-    match config.phase:
-        case "transfer":
-            return unfreeze_head(network)
-        case "finetune":
-            return unfreeze(network, config.unfreeze)
-        case "scratch":
-            return unfreeze_everything(network)
-        case "direct":
-            freeze(network)
-            return ()
-
-
-def _run_phase(config: Config, photos: Photos, start: Start) -> Run:
+def _introduce(photos: Photos) -> None:
     for notice in photos.listing.notices:
         print(f"Note: {notice}")
-    device = choose_device(config.device)
-    unfrozen = _unfreeze(config, start.network)
-    writer = RunWriter.create(config.runs_dir, config.run_name or _name(config), {})
-    with _closing(writer):
-        writer.update(
-            recipe=None,
-            config=config.to_dict(),
-            model=start.spec.to_dict(),
-            classes=list(start.classes),
-            dataset=photos.to_dict(),
-            preprocess=start.preprocess.to_dict(),
-            environment=describe(device),
-            **start.origin,
+
+
+def _photos_to_train(job: Job) -> int:
+    return 0 if job.config.phase == "direct" else job.config.epochs * len(job.photos.train)
+
+
+def _summary(run: PhaseRun, seconds: float) -> str:
+    assert run.best is not None
+    boundary = run.boundary if run.config.phase == "finetune" else None
+    return summary(run.config.phase, run.best, boundary, seconds)
+
+
+# --- many at once -------------------------------------------------------------------------------
+
+
+def fit_together(configs: Sequence[Config], sweep: SweepInfo) -> list[Run]:
+    """Train the members of a sweep; those that can share their batches train at once.
+
+    Returns their runs in the order of `configs`; a member that failed has the status "failed" and
+    does not stop the others. Raises ThawError for what concerns all.
+    """
+    check_before_work(configs[0])
+    jobs = _jobs(configs)
+    _introduce(jobs[0].photos)
+    done: dict[int, Run] = {}
+    groups = _groups(jobs)
+    with Progress(sum(_photos_to_train(jobs[group[0]]) for group in groups)) as progress:
+        for number, group in enumerate(groups, start=1):
+            if len(groups) > 1:
+                seed = jobs[group[0]].config.seed
+                tqdm.write(f"batches {number} of {len(groups)} (seed {seed}): {len(group)} runs")
+            members = [
+                Member(
+                    jobs[i].config, jobs[i].start, sweep.places[i].group, {"sweep": sweep.entry(i)}
+                )
+                for i in group
+            ]
+            runs = train_together(members, jobs[group[0]].photos, progress)
+            done |= {i: read_run(run.writer.path) for i, run in zip(group, runs, strict=True)}
+    return [done[i] for i in range(len(configs))]
+
+
+def _jobs(configs: Sequence[Config]) -> list[Job]:
+    """A job for each; those that start from the same network on the same photos share both."""
+    known: dict[Config, Job] = {}
+    jobs = []
+    for config in configs:
+        first = known.get(_place(config))
+        if first is not None:
+            job = _beside(first, config)
+        else:
+            job = prepare_finetune(config) if config.phase == "finetune" else prepare(config)
+            known[_place(config)] = job
+        jobs.append(job)
+    return jobs
+
+
+def _beside(first: Job, config: Config) -> Job:
+    """The job of a config that has photos and network in common with another's."""
+    if config.parent is None:
+        return Job(dataclasses.replace(config, arch=first.config.arch), first.photos, first.start)
+    parent, config, photos = find_parent(config, first.photos)
+    assert parent is not None
+    start = dataclasses.replace(first.start, epochs_done=0)
+    if config.phase == "transfer":
+        config, start = continued(config, start, parent)
+    return Job(config, photos, start)
+
+
+def _groups(jobs: Sequence[Job]) -> list[list[int]]:
+    """Which jobs see the same batches: same photos, network, seed, epochs and augmentation."""
+    groups: dict[tuple[int, Config], list[int]] = {}
+    for i, job in enumerate(jobs):
+        like = dataclasses.replace(
+            _place(job.config), augmentation=job.config.augmentation, seed=job.config.seed
         )
-        print(
-            f"{config.phase}: {len(photos.train)} training and {len(photos.val)} validation photos "
-            f"in {len(photos.classes)} classes, {trainable_parameters(start.network):,} parameters "
-            f"train, on {device} -> {writer.path}"
-        )
-        phase = PhaseRun(config, photos, start, writer, device, unfrozen)
-        phase.run()
-    return read_run(writer.path)
+        groups.setdefault((id(job.start.network), like), []).append(i)
+    return list(groups.values())
 
 
-def _name(config: Config) -> str:
-    if config.phase == "finetune":
-        return f"finetune-{config.unfreeze}-lr{config.learning_rate:g}"
-    return config.phase
-
-
-@contextmanager
-def _closing(writer: RunWriter) -> Iterator[None]:
-    """Whatever ends the run, its log says how."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        writer.close("interrupted")
-        raise
-    except BaseException as error:
-        writer.close("failed", f"{type(error).__name__}: {error}")
-        raise
-    writer.close("done")
+def _place(config: Config) -> Config:
+    """The config without what changes neither the photos nor the network to start from."""
+    augmentation = Augmentation(crop_from=config.augmentation.crop_from)
+    return dataclasses.replace(
+        config,
+        phase=config.phase if config.parent is None else "finetune",
+        # A parent's head is there already; without one it is drawn.
+        seed=config.seed if config.parent is None else 0,
+        lr=None,
+        unfreeze="all",
+        schedule=Schedule(),
+        optimizer="adam",
+        augmentation=augmentation,
+        run_name=None,
+        early_stop=None,
+    )

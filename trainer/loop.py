@@ -1,46 +1,27 @@
-"""One epoch: train on every photo once, or evaluate on every photo once."""
+"""One epoch of one or many networks that share their batches: train on every photo, or evaluate."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
-from tqdm import tqdm
 
-from trainer.augment import augment, view_generator
-from trainer.config import Augmentation
-from trainer.data import Split
-from trainer.model import InputNormalize, set_train_mode
-from trainer.prefix import Activations, Cut, compute
+from trainer.augment import view_generator
+from trainer.frozen import Batch, Source
+from trainer.prefix import Cut
 from trainer.schema import ThawError
-
-# Activations beyond this are computed anew in every epoch instead of being kept.
-MEMORY_BYTES: Final = 4 << 30
 
 
 class DivergedError(ThawError):
     """The loss is no longer a number."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What stays the same from epoch to epoch."""
-
-    network: nn.Module
-    normalize: InputNormalize
-    device: torch.device
-    batch_size: int
-    augmentation: Augmentation
-    crop: int
-    seed: int
-    cut: Cut | None = None
 
 
 @dataclass(frozen=True)
@@ -60,61 +41,40 @@ class TrainingResult:
 
     loss: float
     accuracy: float
-    seconds: float
-    images_per_second: float
 
 
-@dataclass(frozen=True)
-class Source:
-    """One split, ready to run: photos, or the activations at the cut where those are at hand."""
+class Learner(Protocol):
+    """What an epoch needs to know of a network that trains.
 
-    split: Split
-    activations: Activations | None = None
+    `tail` maps what crosses over at `cut` (None: normalised photos) to logits [n, classes].
+    `training` names its modules that are in training mode while it trains. `linear` says that all
+    of it trains and that it is small: several of them are then computed as one product.
+    """
 
-
-def frozen_activations(setup: Setup, split: Split) -> Source:
-    """Run the prefix over a split once; without a cut, or where it needs too much memory, the split
-    alone, which then runs whole."""
-    cut = setup.cut
-    if cut is None or cut.bytes_per_photo * len(split) > MEMORY_BYTES:
-        return Source(split)
-    setup.network.eval()
-    starts = range(0, len(split), setup.batch_size)
-    shown = tqdm(starts, "Computing what is frozen", unit="batch", leave=False, disable=None)
-    batches = (_photos(setup, split, slice(s, s + setup.batch_size), None) for s in shown)
-    return Source(split, compute(cut.prefix, batches))
+    tail: nn.Module
+    cut: Cut | None
+    training: frozenset[str]
+    optimizer: torch.optim.Optimizer
+    linear: bool
 
 
-def _photos(
-    setup: Setup, split: Split, rows: slice | NDArray[np.int64], epoch: int | None
-) -> Tensor:
-    """Normalised photos [n, 3, H, W] on the device; augmented where an epoch is given."""
-    photos = torch.from_numpy(split.photos[rows]).to(setup.device)
-    if epoch is not None and setup.augmentation.active:
-        names = [split.files[row] for row in np.arange(len(split))[rows]]
-        photos = augment(photos, names, setup.augmentation, setup.crop, setup.seed, epoch)
-    return setup.normalize(photos)
+Failed = dict[int, DivergedError]
 
 
-def _logits(
-    setup: Setup, source: Source, rows: slice | NDArray[np.int64], epoch: int | None
-) -> Tensor:
-    """The network over some photos of a source: [n, classes]; only the tail where it can be."""
-    if source.activations is None or setup.cut is None:
-        return setup.network(_photos(setup, source.split, rows, epoch))
-    return setup.cut.tail(*(values[rows].to(setup.device) for values in source.activations))
-
-
-def evaluate(setup: Setup, source: Source) -> Evaluation:
-    """Run the network in evaluation mode over a split, in order."""
-    setup.network.eval()
-    starts = range(0, len(source.split), setup.batch_size)
+def evaluate(learners: Sequence[Learner], source: Source, batch_size: int) -> list[Evaluation]:
+    """Each network in evaluation mode over a split, in order."""
+    source.open()
+    logits: list[list[Tensor]] = [[] for _ in learners]
+    for learner in learners:
+        learner.tail.eval()
+    rows = np.arange(len(source.split))
     with torch.inference_mode():
-        batches = [
-            _logits(setup, source, slice(s, s + setup.batch_size), None).float().cpu()
-            for s in starts
-        ]
-    return score(torch.cat(batches), torch.from_numpy(source.split.labels))
+        for start in range(0, len(rows), batch_size):
+            batch = source.batch(rows[start : start + batch_size])
+            for parts, learner in zip(logits, learners, strict=True):
+                parts.append(learner.tail(*batch.at(learner.cut)).float().cpu())
+    labels = torch.from_numpy(source.split.labels)
+    return [score(torch.cat(parts), labels) for parts in logits]
 
 
 def score(logits: Tensor, labels: Tensor) -> Evaluation:
@@ -133,51 +93,131 @@ def score(logits: Tensor, labels: Tensor) -> Evaluation:
 
 def _macro_f1(predicted: Tensor, labels: Tensor) -> float:
     """Mean F1 over the classes that occur as label or prediction (scikit-learn's default)."""
-    scores = []
-    for label in torch.cat([predicted, labels]).unique():
-        hits = int(((predicted == label) & (labels == label)).sum())
-        scores.append(2 * hits / int((predicted == label).sum() + (labels == label).sum()))
-    return float(np.mean(scores))
+    classes = int(torch.cat([predicted, labels]).max()) + 1
+    true = torch.bincount(labels[predicted == labels], minlength=classes)
+    occurring = torch.bincount(predicted, minlength=classes) + torch.bincount(
+        labels, minlength=classes
+    )
+    seen = occurring > 0
+    return float((2 * true[seen] / occurring[seen]).double().mean())
+
+
+class _Running:
+    """Sums of one learner over an epoch."""
+
+    def __init__(self) -> None:
+        self.seen, self.loss, self.hits = 0, 0.0, 0
+
+    def add(self, loss: float, logits: Tensor, labels: Tensor) -> None:
+        self.seen += len(labels)
+        self.loss += loss * len(labels)
+        self.hits += int((logits.argmax(dim=1) == labels).sum())
+
+    def result(self) -> TrainingResult:
+        return TrainingResult(self.loss / self.seen, self.hits / self.seen)
 
 
 def train_epoch(
-    setup: Setup,
+    learners: Sequence[Learner],
     source: Source,
-    optimizer: torch.optim.Optimizer,
+    batch_size: int,
     epoch: int,
     on_batch: Callable[[int, float, float], None],
-) -> TrainingResult:
+) -> tuple[list[TrainingResult | DivergedError], float]:
     """One pass over the training photos in an order drawn from (seed, epoch).
 
-    `on_batch` gets the number of photos and the running mean loss and accuracy. Raises
-    DivergedError, naming epoch and batch, as soon as a loss is not finite.
+    Returns each learner's result, or why it stopped as soon as its loss was not finite, and the
+    seconds it took. `on_batch` gets the number of photos and the first learner's running mean loss
+    and accuracy.
     """
-    set_train_mode(setup.network)
-    # Dropout draws from torch's global generator; seeding it by the epoch makes any epoch
-    # repeatable without replaying those before it.
-    torch.manual_seed(int(view_generator(setup.seed, "dropout", epoch).integers(2**62)))
-    started, seen, loss_sum, hits = time.perf_counter(), 0, 0.0, 0
-    for number, rows in enumerate(_order(setup, source.split, epoch), start=1):
-        labels = torch.from_numpy(source.split.labels[rows]).to(setup.device)
-        logits = _logits(setup, source, rows, epoch)
-        loss = functional.cross_entropy(logits, labels)
-        if not torch.isfinite(loss):
-            raise DivergedError(
-                f"The loss became {loss.item()} in epoch {epoch}, batch {number}. The best "
-                "checkpoint so far is untouched; try a smaller --lr."
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        seen += len(rows)
-        loss_sum += loss.item() * len(rows)
-        hits += int((logits.argmax(dim=1) == labels).sum())
-        on_batch(len(rows), loss_sum / seen, hits / seen)
-    seconds = time.perf_counter() - started
-    return TrainingResult(loss_sum / seen, hits / seen, seconds, seen / seconds)
+    started = time.perf_counter()
+    seed = source.engine.seed
+    source.open(epoch)
+    for learner in learners:
+        _set_modes(learner)
+    running = [_Running() for _ in learners]
+    failed: Failed = {}
+    for number, rows in enumerate(_order(seed, len(source.split), batch_size, epoch), start=1):
+        batch = source.batch(rows)
+        # Dropout draws from torch's global generator. Seeded by the batch, a network draws the same
+        # whether it trains alone or beside others, and any epoch can be repeated alone.
+        draws = int(view_generator(seed, f"dropout {number}", epoch).integers(2**62))
+        for group in _together(learners, failed):
+            steps = _step([learners[i] for i in group], batch, draws)
+            for i, (loss, logits) in zip(group, steps, strict=True):
+                if not np.isfinite(loss):
+                    failed[i] = diverged(loss, f"epoch {epoch}, batch {number}")
+                else:
+                    running[i].add(loss, logits, batch.labels)
+        if len(failed) == len(learners):
+            break
+        first = next(r for i, r in enumerate(running) if i not in failed)
+        on_batch(len(rows), first.loss / first.seen, first.hits / first.seen)
+    results = [failed.get(i) or r.result() for i, r in enumerate(running)]
+    return results, time.perf_counter() - started
 
 
-def _order(setup: Setup, split: Split, epoch: int) -> Iterator[NDArray[np.int64]]:
-    order = view_generator(setup.seed, "order", epoch).permutation(len(split))
-    for start in range(0, len(order), setup.batch_size):
-        yield np.sort(order[start : start + setup.batch_size])  # sorted: kinder to a mapped file
+def diverged(loss: float, where: str) -> DivergedError:
+    return DivergedError(
+        f"The loss became {loss} in {where}. The best checkpoint so far is untouched; try a "
+        "smaller --lr."
+    )
+
+
+def _set_modes(learner: Learner) -> None:
+    for name, module in learner.tail.named_modules():
+        module.training = name in learner.training
+
+
+def _order(seed: int, count: int, batch_size: int, epoch: int) -> Iterator[NDArray[np.int64]]:
+    order = view_generator(seed, "order", epoch).permutation(count)
+    for start in range(0, count, batch_size):
+        yield np.sort(order[start : start + batch_size])  # sorted: neighbours are read as one
+
+
+def _together(learners: Sequence[Learner], failed: Failed) -> list[list[int]]:
+    """Which learners take a step as one: small ones of the same form; all others alone."""
+    groups: dict[object, list[int]] = {}
+    for i, learner in enumerate(learners):
+        if i not in failed:
+            place = learner.cut.place if learner.cut is not None else None
+            groups.setdefault((place, learner.linear) if learner.linear else i, []).append(i)
+    return list(groups.values())
+
+
+def _step(learners: list[Learner], batch: Batch, draws: int) -> list[tuple[float, Tensor]]:
+    """A step of learners with the same cut; each one's loss and logits, from before the step.
+
+    One whose loss is not finite takes none.
+    """
+    torch.manual_seed(draws)
+    inputs, labels = batch.at(learners[0].cut), batch.labels
+    if len(learners) == 1:
+        logits = learners[0].tail(*inputs)[None]
+    else:
+        logits = _stacked([learner.tail for learner in learners], inputs)
+    losses = torch.stack([functional.cross_entropy(one, labels) for one in logits])
+    values = losses.tolist()
+    for learner in learners:
+        learner.optimizer.zero_grad(set_to_none=True)
+    # The networks share no parameter that trains, so the sum's gradient is each one's own.
+    losses[[i for i, value in enumerate(values) if np.isfinite(value)]].sum().backward()
+    for learner, value in zip(learners, values, strict=True):
+        if np.isfinite(value):
+            learner.optimizer.step()
+    return list(zip(values, logits.detach(), strict=True))
+
+
+def _stacked(tails: list[nn.Module], inputs: tuple[Tensor, ...]) -> Tensor:
+    """Networks of the same form on the same input, as one: [networks, n, classes]."""
+    names = [name for name, _ in tails[0].named_parameters()]
+    stacks = [torch.stack([tail.get_parameter(name) for tail in tails]) for name in names]
+    buffers = dict(tails[0].named_buffers())
+
+    def run(*parameters: Tensor) -> Tensor:
+        state = {**dict(zip(names, parameters, strict=True)), **buffers}
+        logits: Tensor = functional_call(tails[0], state, inputs)
+        return logits
+
+    logits: Tensor = torch.vmap(run, randomness="same")(*stacks)
+    return logits

@@ -1,36 +1,37 @@
-"""One phase in one run folder."""
+"""One phase in one run folder: what trains, what is recorded, what is kept."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
+import math
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from trainer.checkpoint import Checkpoint, save_checkpoint
+from trainer.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from trainer.config import Config, OptimizerName
 from trainer.data import Photos, Split
 from trainer.environment import peak_memory_bytes
-from trainer.loop import (
-    Evaluation,
-    Setup,
-    Source,
-    TrainingResult,
-    evaluate,
-    frozen_activations,
-    train_epoch,
-)
-from trainer.model import InputNormalize, head_name, trainable_modules, trainable_parameters
-from trainer.prefix import Cut, cut
-from trainer.progress import PhaseProgress, summary
+from trainer.loop import Evaluation, TrainingResult, diverged
+from trainer.model import head_name, set_train_mode, trainable_modules, trainable_parameters
+from trainer.prefix import Cut, Trace
 from trainer.runlog import RunWriter, write_atomically
 from trainer.schedule import learning_rate
-from trainer.schema import EpochRecord, PhaseRecord
+from trainer.schema import EpochRecord, PhaseRecord, Status, ThawError
 from trainer.start import Start
 from trainer.tensorboard import TensorBoardLog
+
+# Checkpoints are written at least this often, and at the end. An epoch may take milliseconds, and
+# writing a network takes longer than that.
+_SAVE_SECONDS: Final = 30.0
 
 
 def make_optimizer(network: nn.Module, name: OptimizerName, lr: float) -> torch.optim.Optimizer:
@@ -38,125 +39,194 @@ def make_optimizer(network: nn.Module, name: OptimizerName, lr: float) -> torch.
     parameters = [p for p in network.parameters() if p.requires_grad]
     match name:
         case "adam":
-            return torch.optim.Adam(parameters, lr)
+            return torch.optim.Adam(parameters, lr, fused=True)
         case "adamw":
-            return torch.optim.AdamW(parameters, lr)
+            return torch.optim.AdamW(parameters, lr, fused=True)
         case "sgd":
-            return torch.optim.SGD(parameters, lr, momentum=0.9)
+            return torch.optim.SGD(parameters, lr, momentum=0.9, fused=True)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a network that a phase trains, before any run has its copy of it.
+
+    `module` maps what crosses over at `cut` (None: normalised photos) to logits; `training` names
+    its modules that are in training mode while it trains; `unfrozen` those that own what trains.
+    """
+
+    module: nn.Module
+    cut: Cut | None
+    training: frozenset[str]
+    unfrozen: tuple[str, ...]
+    params: int
+    backbone_trains: bool
+    linear: bool
+
+    @classmethod
+    def of(cls, network: nn.Module, trace: Trace | None) -> Part:
+        """As the network is frozen now; shares its modules."""
+        cut = trace.cut() if trace is not None else None
+        module = trace.part(cut, None) if trace is not None and cut is not None else network
+        set_train_mode(network)
+        training = frozenset(n for n, m in network.named_modules() if m.training)
+        unfrozen = trainable_modules(network)
+        return cls(
+            module,
+            cut,
+            training,
+            unfrozen,
+            trainable_parameters(network),
+            len(unfrozen) > _head_size(network),
+            cut is not None and all(p.requires_grad for p in module.parameters()),
+        )
+
+    def copy(self) -> nn.Module:
+        """A copy that trains by itself; what is frozen stays shared."""
+        shared: list[Tensor] = []
+        for name, module in self.module.named_modules():
+            if name not in self.unfrozen:
+                shared += module.parameters(recurse=False)
+            if name not in self.training:
+                shared += module.buffers(recurse=False)
+        twin = copy.deepcopy(self.module, {id(tensor): tensor for tensor in shared})
+        # Not as the network is frozen now: that may be for another run's part by now.
+        twin.requires_grad_(False)
+        for name in self.unfrozen:
+            for parameter in twin.get_submodule(name).parameters(recurse=False):
+                parameter.requires_grad_(True)
+        return twin
 
 
 class PhaseRun:
-    """One phase in one run folder: evaluates, trains, records, keeps the best."""
+    """One phase in one run folder: records what is measured, keeps the best.
+
+    The epochs themselves are driven from outside (fit.py), for one or for many at a time.
+    """
 
     def __init__(
         self,
         config: Config,
-        photos: Photos,
         start: Start,
         writer: RunWriter,
+        part: Part,
+        val: Split,
         device: torch.device,
-        unfrozen: tuple[str, ...],
     ) -> None:
         self.config, self.start, self.writer = config, start, writer
-        network = start.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.setup = Setup(
-            network,
-            InputNormalize(start.preprocess).to(device),
-            device,
-            config.batch_size,
-            config.augmentation,
-            start.preprocess.crop,
-            config.seed,
-            self._cut(network, device),
-        )
-        started = time.perf_counter()
-        val = _pretrained_labels(photos, start) if config.phase == "direct" else photos.val
-        self.val = frozen_activations(self.setup, val)
-        # Augmented photos differ in every epoch, so what is frozen runs on each view as it comes.
-        repeated = not config.augmentation.active
-        self.train = (
-            frozen_activations(self.setup, photos.train) if repeated else Source(photos.train)
-        )
-        self.prefix_seconds = time.perf_counter() - started
-        self.params = trainable_parameters(network)
-        self.backbone_trains = len(trainable_modules(network)) > _head_size(network)
-        self.board = TensorBoardLog(writer.path)
+        self._val, self._device = val, device
+        self.tail, self.cut = part.copy(), part.cut
+        self.training, self.linear = part.training, part.linear
+        self.part = part
+        self.optimizer: torch.optim.Optimizer
+        self.best: EpochRecord | None = None
+        self.boundary: EpochRecord | None = None
+        self.last: EpochRecord | None = None
+        self.status: Status = "running"
+        self.error: ThawError | None = None
+        self._unsaved: dict[str, tuple[EpochRecord, dict[str, Tensor]]] = {}
+        self._after: Evaluation | None = None
+        self._saved = -math.inf
+        self._board = TensorBoardLog(writer.path)
         writer.start_phase(
-            PhaseRecord(config.phase, start.first_epoch, None, unfrozen, self.params)
+            PhaseRecord(config.phase, start.first_epoch, None, part.unfrozen, part.params)
         )
 
-    def _cut(self, network: nn.Module, device: torch.device) -> Cut | None:
-        if not self.config.cache or self.config.phase in ("direct", "scratch"):
-            return None  # one evaluation has nothing to save, and from scratch nothing is frozen
-        side = self.start.preprocess.crop
-        found = cut(network, torch.rand(3, 3, side, side, device=device))
-        self.writer.update(
-            engine={"cut": found.at, "bytes_per_photo": found.bytes_per_photo} if found else None
-        )
-        return found
+    def begin(self, evaluation: Evaluation, seconds: float) -> EpochRecord:
+        """Epoch 0: what was there before any step."""
+        record = self._record(0, evaluation, None, seconds, len(self._val) / seconds)
+        self.boundary = record
+        if self.config.phase == "finetune":
+            self._save_predictions("before", evaluation)
+        self._keep("last", record)
+        if self.config.phase == "direct":
+            self._keep_best(record, evaluation)
+        self.save()  # a run that is killed has something to go on from
+        return record
 
-    def run(self) -> None:
-        config, epochs = self.config, 0 if self.config.phase == "direct" else self.config.epochs
-        with PhaseProgress(config.phase, epochs, len(self.train.split)) as progress:
-            first, before = self._evaluate(0, None, config.learning_rate, progress)
-            if config.phase == "finetune":
-                self._save_predictions("before", before)
-            self._save_checkpoint("last", first)
-            if config.phase == "direct":
-                best = first
-                self._keep_best(first, before)
-                self.writer.end_phase(first.epoch)
-            else:
-                best = self._train(epochs, progress)
-        self.board.close()
-        boundary = first if config.phase == "finetune" else None
-        seconds = self.prefix_seconds + progress.seconds
-        print(summary(config.phase, best, boundary, seconds))
+    def start_epoch(self, phase_epoch: int) -> None:
+        if phase_epoch == 1:
+            config = self.config
+            self.optimizer = make_optimizer(self.tail, config.optimizer, config.learning_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(phase_epoch)
 
-    def _train(self, epochs: int, progress: PhaseProgress) -> EpochRecord:
-        """Train and return the record of the best epoch."""
-        optimizer = make_optimizer(
-            self.setup.network, self.config.optimizer, self.config.learning_rate
-        )
-        best: EpochRecord | None = None
-        record = None
-        for phase_epoch in range(1, epochs + 1):
-            rate = learning_rate(
-                self.config.schedule, self.config.learning_rate, phase_epoch - 1, epochs
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            progress.start_epoch(phase_epoch)
-            epoch = self.start.first_epoch + phase_epoch
-            trained = train_epoch(self.setup, self.train, optimizer, epoch, progress.batch)
-            record, evaluation = self._evaluate(phase_epoch, trained, rate, progress)
-            if best is None or record.rank > best.rank:
-                best = record
-                self._keep_best(record, evaluation)
-            self._save_checkpoint("last", record)
-            patience = self.config.early_stop
-            if patience is not None and phase_epoch - best.phase_epoch >= patience:
-                text = f"Stopped early: no better validation accuracy for {patience} epochs."
-                self.writer.note(text)
-                print(text)
-                break
-        assert best is not None and record is not None
-        self.writer.end_phase(record.epoch)
-        return best
-
-    def _evaluate(
+    def end_epoch(
         self,
         phase_epoch: int,
+        trained: TrainingResult,
+        evaluation: Evaluation,
+        seconds: float,
+        images_per_second: float,
+    ) -> EpochRecord:
+        if not math.isfinite(evaluation.loss):
+            epoch = self.start.first_epoch + phase_epoch
+            raise diverged(evaluation.loss, f"the validation after epoch {epoch}")
+        record = self._record(phase_epoch, evaluation, trained, seconds, images_per_second)
+        self._keep("last", record)
+        if self.best is None or record.rank > self.best.rank:
+            self._keep_best(record, evaluation)
+        if time.monotonic() - self._saved > _SAVE_SECONDS:
+            self.save()
+        patience = self.config.early_stop
+        if patience is not None and self.best and phase_epoch - self.best.phase_epoch >= patience:
+            text = f"Stopped early: no better validation accuracy for {patience} epochs."
+            self.writer.note(text)
+            tqdm.write(text)
+            self.end("done")
+        return record
+
+    def end(self, status: Status, reason: str | None = None) -> None:
+        """Whatever ends the run, its checkpoints are written and its log says how."""
+        if self.status != "running":
+            return
+        self.status = status
+        try:
+            self.save()
+        finally:
+            self._board.close()
+            if status == "done" and self.last is not None:
+                self.writer.end_phase(self.last.epoch)
+            self.writer.close(status, reason)
+
+    def fail(self, error: ThawError) -> None:
+        """End this run for a reason of its own; what it kept so far is written, if it can be."""
+        self.error = error
+        try:
+            self.end("failed", str(error))
+        except CheckpointError:
+            self._unsaved.clear()  # the reason is already known
+
+    def save(self) -> None:
+        """Write the checkpoints and predictions that are newer than those on disk."""
+        for kind, (record, changed) in self._unsaved.items():
+            path = self.writer.checkpoint(f"{self.config.phase}-{kind}")
+            save_checkpoint(path, self._checkpoint(record, changed))
+        self._unsaved.clear()
+        if self._after is not None:
+            self._save_predictions("after", self._after)
+            self._after = None
+        self._saved = time.monotonic()
+
+    def _rate(self, phase_epoch: int) -> float:
+        """The learning rate of an epoch; epoch 0 shows that of the first."""
+        config = self.config
+        done = self.start.epochs_done
+        return learning_rate(
+            config.schedule,
+            config.learning_rate,
+            done + max(0, phase_epoch - 1),
+            done + config.epochs,
+        )
+
+    def _record(
+        self,
+        phase_epoch: int,
+        evaluation: Evaluation,
         trained: TrainingResult | None,
-        rate: float,
-        progress: PhaseProgress,
-    ) -> tuple[EpochRecord, Evaluation]:
-        started = time.perf_counter()
-        evaluation = evaluate(self.setup, self.val)
-        seconds = time.perf_counter() - started
-        if phase_epoch == 0:
-            seconds += self.prefix_seconds  # or the phase would look faster than it was
-        speed = trained.images_per_second if trained else len(self.val.split) / seconds
+        seconds: float,
+        images_per_second: float,
+    ) -> EpochRecord:
+        rate = self._rate(phase_epoch)
         record = EpochRecord(
             phase=self.config.phase,
             epoch=self.start.first_epoch + phase_epoch,
@@ -168,35 +238,41 @@ class PhaseRun:
             val_top5=evaluation.top5,
             val_macro_f1=evaluation.macro_f1,
             lr_head=rate,
-            lr_backbone=rate if self.backbone_trains else 0.0,
-            trainable_params=self.params,
-            seconds=seconds + (trained.seconds if trained else 0.0),
-            images_per_second=speed,
-            peak_memory_bytes=peak_memory_bytes(self.setup.device),
+            lr_backbone=rate if self.part.backbone_trains else 0.0,
+            trainable_params=self.part.params,
+            seconds=seconds,
+            images_per_second=images_per_second,
+            peak_memory_bytes=peak_memory_bytes(self._device),
             time=time.time(),
         )
+        self.last = record
         self.writer.epoch(record)
-        self.board.epoch(record)
-        progress.epoch(record)
-        return record, evaluation
+        self._board.epoch(record)
+        return record
 
     def _keep_best(self, record: EpochRecord, evaluation: Evaluation) -> None:
-        self._save_checkpoint("best", record)
-        self._save_predictions("after", evaluation)
+        self.best, self._after = record, evaluation
+        self._keep("best", record)
 
-    def _save_checkpoint(self, kind: str, record: EpochRecord) -> None:
+    def _keep(self, kind: str, record: EpochRecord) -> None:
+        """Remember the network as it is now; written to disk from time to time."""
+        self._unsaved[kind] = record, {name: value.clone() for name, value in self._changing()}
+
+    def _checkpoint(self, record: EpochRecord, changed: dict[str, Tensor]) -> Checkpoint:
+        start = self.start
         state = {
-            k: v.detach().cpu().contiguous() for k, v in self.setup.network.state_dict().items()
+            name: value.detach().cpu().contiguous()
+            for name, value in (start.network.state_dict() | changed).items()
         }
-        checkpoint = Checkpoint(
-            self.start.spec,
-            self.start.classes,
-            self.start.preprocess,
-            record.phase,
-            record.epoch,
-            state,
+        return Checkpoint(
+            start.spec, start.classes, start.preprocess, record.phase, record.epoch, state
         )
-        save_checkpoint(self.writer.checkpoint(f"{record.phase}-{kind}"), checkpoint)
+
+    def _changing(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.tail.state_dict().items():
+            owner = name.rpartition(".")[0]
+            if owner in self.part.unfrozen or owner in self.part.training:
+                yield name, value
 
     def _save_predictions(self, name: str, evaluation: Evaluation) -> None:
         """Per-photo validation logits float32 [N, classes], labels int64 [N], files str [N]."""
@@ -204,8 +280,8 @@ class PhaseRun:
         np.savez(
             buffer,
             logits=evaluation.logits,
-            labels=self.val.split.labels,
-            files=np.array(self.val.split.files, dtype=np.str_),
+            labels=self._val.labels,
+            files=np.array(self._val.files, dtype=np.str_),
         )
         write_atomically(self.writer.predictions(name), buffer.getvalue())
 
@@ -216,7 +292,7 @@ def _head_size(network: nn.Module) -> int:
     return sum(name == head or name.startswith(f"{head}.") for name in names)
 
 
-def _pretrained_labels(photos: Photos, start: Start) -> Split:
+def pretrained_labels(photos: Photos, start: Start) -> Split:
     """Validation photos labelled by the classes of the pretrained head.
 
     Class folders named like ImageNet classes are matched by name. Where any is not, class number i

@@ -2,12 +2,12 @@
 
 A network is cut where its frozen beginning ends and as few numbers as possible cross over. The cut
 is found in the graph that torch.fx traces, so it works for any network that can be traced; one that
-cannot runs whole, with a notice.
+cannot runs whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,15 +25,12 @@ _UNFIT: Final = 1 << 60
 
 @dataclass(frozen=True)
 class Cut:
-    """A network in two parts that share its modules.
+    """A place in a network. `at` names the module behind it; what crosses over there has, for each
+    photo, these `parts`: (dtype name, shape) each."""
 
-    `prefix` maps normalised photos [N, 3, H, W] to activations, `tail` those to logits
-    [N, classes]. `bytes_per_photo` cross over. `at` names the module where the tail begins.
-    """
-
-    prefix: nn.Module
-    tail: nn.Module
+    place: int
     at: str
+    parts: tuple[tuple[str, tuple[int, ...]], ...]
     bytes_per_photo: int
 
 
@@ -49,46 +46,92 @@ class _Tracer(fx.Tracer):
         return childless or super().is_leaf_module(m, module_qualified_name)
 
 
-def cut(network: nn.Module, example: Tensor) -> Cut | None:
-    """Cut a network before its first part that trains or draws at random in training.
+class Trace:
+    """The graph of a network, which can be cut into parts that share the network's modules.
 
     `example` is a batch [N, 3, H, W] of an unusual size, such as 3, so that no other dimension is
-    mistaken for the batch. None where nothing of it is frozen, where it cannot be traced, or where
-    the two parts would not give what the whole gives.
+    mistaken for the batch. Raises whatever tracing foreign code raises.
     """
-    training = network.training
-    network.eval()
+
+    def __init__(self, network: nn.Module, example: Tensor) -> None:
+        self._network, self._example = network, example
+        training = network.training
+        network.eval()
+        try:
+            self._nodes = _trace(network, example)
+        finally:
+            network.train(training)
+
+    def cut(self) -> Cut | None:
+        """Where the network divides before its first part that trains now, or that draws at random
+        in training.
+
+        None where nothing is frozen, or where the parts would not give what the whole gives.
+        """
+        nodes = self._nodes
+        first = next(i for i, node in enumerate(nodes) if _belongs_to_tail(self._network, node))
+        # The latest of the smallest: what does not cost memory should not be computed again.
+        place = min(range(first, 0, -1), key=lambda i: self._size(i))
+        crossing = self._crossing(place)
+        if self._size(place) >= _UNFIT or any(node.op == "placeholder" for node in crossing):
+            return None
+        metas = [node.meta["tensor_meta"] for node in crossing]
+        parts = tuple((str(m.dtype).removeprefix("torch."), tuple(m.shape[1:])) for m in metas)
+        found = Cut(place, str(nodes[place].target), parts, self._size(place))
+        return found if self._fits(found) else None
+
+    def part(self, start: Cut | None, stop: Cut | None) -> fx.GraphModule:
+        """From one place to another; None is the photos, or the logits.
+
+        Takes the activations at `start` (or normalised photos [N, 3, H, W]) as its arguments and
+        returns a tuple of those at `stop` (or the logits [N, classes], no tuple).
+        """
+        first = 0 if start is None else start.place
+        last = len(self._nodes) if stop is None else stop.place
+        graph = fx.Graph()
+        entering = [] if start is None else self._crossing(first)
+        copies = {node: graph.placeholder(f"activation_{i}") for i, node in enumerate(entering)}
+        for node in self._nodes[first:last]:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        if stop is not None:
+            graph.output(tuple(copies[node] for node in self._crossing(last)))
+        return fx.GraphModule(self._network, graph)
+
+    def _fits(self, found: Cut) -> bool:
+        training = self._network.training
+        self._network.eval()
+        try:
+            prefix, tail = self.part(None, found), self.part(found, None)
+            with torch.inference_mode():
+                # A GPU may choose another algorithm for the same layer from one call to the next.
+                whole, parts = self._network(self._example), tail(*prefix(self._example))
+            return torch.allclose(whole, parts, atol=1e-4)
+        finally:
+            self._network.train(training)
+
+    def _crossing(self, place: int) -> list[fx.Node]:
+        """The values made before `place` that are used from there on."""
+        later = set(self._nodes[place:])
+        return [n for n in self._nodes[:place] if any(user in later for user in n.users)]
+
+    def _size(self, place: int) -> int:
+        """Bytes for each photo of what crosses over at `place`."""
+        batch = len(self._example)
+        return sum(_bytes(n.meta.get("tensor_meta"), batch) for n in self._crossing(place))
+
+
+def trace(network: nn.Module, example: Tensor) -> Trace | None:
+    """`Trace`, or None for a network that cannot be traced; it still works whole."""
     try:
-        graph = _Tracer().trace(network)
-        ShapeProp(fx.GraphModule(network, graph)).propagate(example)
-        found = _cut_graph(network, list(graph.nodes))
-        return found if found is not None and _equal(network, found, example) else None
-    except Exception:  # tracing foreign code raises anything, and the whole network still works
+        return Trace(network, example)
+    except Exception:  # tracing foreign code raises anything
         return None
-    finally:
-        network.train(training)
 
 
-def _equal(network: nn.Module, found: Cut, example: Tensor) -> bool:
-    with torch.inference_mode():
-        # A GPU may choose another algorithm for the same layer from one call to the next.
-        return torch.allclose(network(example), found.tail(*found.prefix(example)), atol=1e-4)
-
-
-def _cut_graph(network: nn.Module, nodes: list[fx.Node]) -> Cut | None:
-    first = next(i for i, node in enumerate(nodes) if _belongs_to_tail(network, node))
-    # The latest of the smallest: what does not cost memory should not be computed again.
-    place = min(range(first, 0, -1), key=lambda i: _size(nodes, i))
-    crossing = _crossing(nodes, place)
-    size = _size(nodes, place)
-    if size >= _UNFIT or any(node.op == "placeholder" for node in crossing):
-        return None
-    return Cut(
-        prefix=_prefix(network, nodes[:place], crossing),
-        tail=_tail(network, nodes[place:], crossing),
-        at=str(nodes[place].target),
-        bytes_per_photo=size,
-    )
+def _trace(network: nn.Module, example: Tensor) -> list[fx.Node]:
+    graph = _Tracer().trace(network)
+    ShapeProp(fx.GraphModule(network, graph)).propagate(example)
+    return list(graph.nodes)
 
 
 def _belongs_to_tail(network: nn.Module, node: fx.Node) -> bool:
@@ -104,44 +147,13 @@ def _belongs_to_tail(network: nn.Module, node: fx.Node) -> bool:
     return trains or name.partition(".")[0] == head_name(network).partition(".")[0]
 
 
-def _crossing(nodes: list[fx.Node], place: int) -> list[fx.Node]:
-    """The values made before `place` that are used from there on."""
-    later = set(nodes[place:])
-    return [node for node in nodes[:place] if any(user in later for user in node.users)]
-
-
-def _size(nodes: list[fx.Node], place: int) -> int:
-    """Bytes for each photo of what crosses over at `place`."""
-    batch = next(node for node in nodes if node.op == "placeholder").meta["tensor_meta"].shape[0]
-    return sum(_bytes(node.meta.get("tensor_meta"), batch) for node in _crossing(nodes, place))
-
-
 def _bytes(meta: Any, batch: int) -> int:
     if not hasattr(meta, "shape") or len(meta.shape) == 0 or meta.shape[0] != batch:
         return _UNFIT
     return int(meta.shape[1:].numel() * meta.dtype.itemsize)
 
 
-def _prefix(network: nn.Module, nodes: list[fx.Node], crossing: list[fx.Node]) -> nn.Module:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in crossing))
-    return fx.GraphModule(network, graph)
-
-
-def _tail(network: nn.Module, nodes: list[fx.Node], crossing: list[fx.Node]) -> nn.Module:
-    graph = fx.Graph()
-    copies = {node: graph.placeholder(f"activation_{i}") for i, node in enumerate(crossing)}
-    for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(network, graph)
-
-
-def compute(prefix: nn.Module, batches: Iterator[Tensor]) -> Activations:
-    """The prefix over all photos, batch by batch: float32 [N, ...] each, on the CPU."""
-    with torch.inference_mode():
-        parts = [tuple(value.cpu() for value in prefix(batch)) for batch in batches]
-    # Cloned outside inference mode: autograd refuses to save inference tensors.
-    return tuple(torch.cat(values).clone() for values in zip(*parts, strict=True))
+def in_order(cuts: Sequence[Cut | None]) -> list[Cut]:
+    """The different places among `cuts`, from the photos to the logits."""
+    different = {found.place: found for found in cuts if found is not None}
+    return [different[place] for place in sorted(different)]

@@ -19,6 +19,9 @@ PHOTO_SUFFIXES: Final = frozenset(
 )
 # Above this a decoded photo needs over 300 MB; cameras stay well below it.
 MAX_PIXELS: Final = 100_000_000
+# How far a photo that was decoded at reduced size is still resized: as in Pillow's Image.thumbnail,
+# "very close to fair resampling".
+_REDUCING_GAP: Final = 2
 
 _RESAMPLING: Final = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -36,11 +39,15 @@ def is_photo(path: Path) -> bool:
     return path.suffix.lower() in PHOTO_SUFFIXES
 
 
-def open_photo(source: Path | IO[bytes]) -> Image.Image:
+def open_photo(source: Path | IO[bytes], at_least: int | None = None) -> Image.Image:
     """Decode a photo, upright and RGB.
 
     EXIF orientation is applied, transparency is laid over white, 16-bit greys are scaled to 8 bits,
     and of an animation the first frame is taken. Raises PhotoError with the reason otherwise.
+
+    Where the caller needs no more than `at_least` pixels of the shorter side, a JPEG that has twice
+    as many or more is decoded at 1/2, 1/4 or 1/8 of its size, the smallest that still has them.
+    Its sides are then rounded up, so they are at most one pixel too long.
     """
     try:
         with warnings.catch_warnings():
@@ -52,6 +59,8 @@ def open_photo(source: Path | IO[bytes]) -> Image.Image:
                     raise PhotoError(
                         f"{width}x{height} pixels are more than the limit of {MAX_PIXELS:,}"
                     )
+                if at_least is not None:
+                    image.draft(None, (at_least, at_least))  # does nothing unless it is a JPEG
                 image.load()
                 return upright_rgb(image)
     except PhotoError:
@@ -114,6 +123,11 @@ def to_array(image: Image.Image, preprocess: Preprocess) -> Photo:
     return np.asarray(resized, dtype=np.uint8)
 
 
+def side_to_decode(preprocess: Preprocess) -> int:
+    """The shorter side in pixels that `to_array` should start from: `open_photo`'s `at_least`."""
+    return _REDUCING_GAP * preprocess.resize
+
+
 def load_photo(source: Path | IO[bytes], preprocess: Preprocess) -> Photo:
     """Decode and preprocess one photo: uint8 [crop, crop, 3]. Raises PhotoError."""
-    return to_array(open_photo(source), preprocess)
+    return to_array(open_photo(source, side_to_decode(preprocess)), preprocess)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -11,20 +12,19 @@ from tqdm import tqdm
 from trainer.schema import EpochRecord
 
 
-class PhaseProgress:
-    """A bar over all photos of all epochs of a phase: images/s, time left, running figures.
+class Progress:
+    """One bar over `photos` photos, of all epochs of all that is trained: images/s, time left.
 
     Without a terminal only the line at the end of each epoch is printed.
     """
 
-    def __init__(self, phase: str, epochs: int, photos: int) -> None:
-        self._phase, self._epochs = phase, epochs
+    def __init__(self, photos: int) -> None:
         self._started = time.perf_counter()
         self._bar: tqdm[Any] = tqdm(
-            total=epochs * photos, unit="img", disable=None, leave=False, dynamic_ncols=True
+            total=photos, unit="img", disable=None, leave=False, dynamic_ncols=True
         )
 
-    def __enter__(self) -> PhaseProgress:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(
@@ -39,15 +39,29 @@ class PhaseProgress:
     def seconds(self) -> float:
         return time.perf_counter() - self._started
 
-    def start_epoch(self, phase_epoch: int) -> None:
-        self._bar.set_description(f"{self._phase} {phase_epoch}/{self._epochs}", refresh=False)
+    def start_epoch(self, phase: str, phase_epoch: int, epochs: int) -> None:
+        self._bar.set_description(f"{phase} {phase_epoch}/{epochs}", refresh=False)
 
     def batch(self, photos: int, loss: float, accuracy: float) -> None:
         self._bar.set_postfix_str(f"loss {loss:.3f}, acc {accuracy:.1%}", refresh=False)
         self._bar.update(photos)
 
-    def epoch(self, record: EpochRecord) -> None:
-        tqdm.write(epoch_line(record, self._epochs))
+    def epoch(self, records: Sequence[tuple[str, EpochRecord]], epochs: int) -> None:
+        """The records of the epoch that ended, one for each run, with the runs' labels."""
+        if len(records) == 1:
+            tqdm.write(epoch_line(records[0][1], epochs))
+        elif records:
+            tqdm.write(shared_line(records, epochs))
+
+
+def shared_line(records: Sequence[tuple[str, EpochRecord]], epochs: int) -> str:
+    """One epoch of several runs in one line: how many, how fast, and the best of them."""
+    label, best = max(records, key=lambda pair: pair[1].rank)
+    seconds = sum(record.seconds for _, record in records)
+    line = f"epoch {best.phase_epoch:>3}/{epochs} | {len(records)} runs | {seconds:5.1f} s"
+    if best.phase_epoch == 0:
+        return f"{line} | before any step: val acc {best.val_acc:6.2%}"
+    return f"{line} | best now: val acc {best.val_acc:6.2%} loss {best.val_loss:6.4f}, {label}"
 
 
 def epoch_line(record: EpochRecord, epochs: int) -> str:

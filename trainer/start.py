@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from trainer.checkpoint import CheckpointError, load_checkpoint, restore_model
-from trainer.config import SAMPLE, Config
+from trainer.config import SAMPLE, Config, Schedule
 from trainer.data import Photos
 from trainer.model import DEFAULT_ARCH, ModelSpec, build_model, head_name
 from trainer.runlog import Run, list_runs
@@ -36,6 +36,8 @@ class Start:
     classes: tuple[str, ...]
     first_epoch: int
     origin: dict[str, Any]
+    # Epochs that the learning rate's schedule counts as over.
+    epochs_done: int = 0
 
 
 def choose_weights(config: Config) -> tuple[Config, Pretrained]:
@@ -75,9 +77,16 @@ def _sample_trunk(config: Config) -> Run | None:
 
 
 def _finished_transfers(config: Config) -> list[Run]:
-    """Newest first."""
-    runs = list_runs(config.runs_dir)[::-1]
-    return [run for run in runs if run.phase == "transfer" and run.status == "done"]
+    """Newest first; without the members of sweeps and those that trained the head of another run
+    further, which are there to compare with."""
+    return [
+        run
+        for run in list_runs(config.runs_dir)[::-1]
+        if run.phase == "transfer"
+        and run.status == "done"
+        and run.parent_run_id is None
+        and "sweep" not in run.info
+    ]
 
 
 def start_from_weights(
@@ -227,6 +236,21 @@ def start_from_run(config: Config, parent: Run, photos: Photos) -> Start:
         checkpoint.epoch,
         origin,
     )
+
+
+def continued(config: Config, start: Start, parent: Run) -> tuple[Config, Start]:
+    """A transfer phase that goes on where its parent ended: with the parent's learning rate and
+    schedule, at the epoch they had reached, unless a rate is given."""
+    if config.lr is not None:
+        return config, start
+    theirs = parent.info.get("config", {})
+    schedule = theirs.get("schedule")
+    if parent.phase != "transfer" or not isinstance(schedule, dict):
+        raise ThawError(
+            f"Run {parent.run_id} has no transfer phase whose learning rate could go on; give --lr."
+        )
+    config = dataclasses.replace(config, lr=theirs.get("lr"), schedule=Schedule(**schedule))
+    return config, dataclasses.replace(start, epochs_done=start.first_epoch)
 
 
 def _shown(names: tuple[str, ...]) -> str:

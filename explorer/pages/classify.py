@@ -162,7 +162,7 @@ def _photo(upload: Upload, networks: Sequence[Ready]) -> str:
     """Show one photo with its answers; returns the agreement."""
     with st.container(border=True):
         try:
-            image = decode(io.BytesIO(upload.content))
+            image = decode(io.BytesIO(upload.content), networks[0].classifier.preprocess)
         except PhotoError as error:
             st.text(f"{upload.name} could not be read: {error}")
             return ""

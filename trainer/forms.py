@@ -1,0 +1,235 @@
+"""The fastest form of the frozen prefix on this machine, chosen by a short trial.
+
+Inference needs neither gradients nor BatchNorm as a step of its own. All forms compute the same
+function; one whose numbers differ from the plain network's is never used.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, fx
+
+from trainer.prefix import Activations
+from trainer.runlog import write_atomically
+
+FormName = Literal["plain", "folded", "onnxruntime", "compiled"]
+Run = Callable[[Tensor], Activations]
+
+# Largest difference from the plain network, as a fraction of its largest activation.
+TOLERANCE: Final = 1e-3
+# A form that is not clearly faster is not worth what building it costs in every run.
+_MARGIN: Final = 1.1
+# With fewer forward passes than this ahead, a trial costs more than it can save.
+_WORTH_A_TRIAL: Final = 5000
+_ROUNDS: Final = 3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How one form did: images a second, largest difference (see TOLERANCE), or the problem."""
+
+    form: FormName
+    images_per_second: float | None = None
+    difference: float | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """A prefix ready to run: normalised photos [N, 3, H, W] -> activations, on the same device."""
+
+    name: FormName
+    run: Run = field(repr=False)
+    trials: tuple[Trial, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the "engine" of run.json."""
+        return {"form": self.name, "trials": [asdict(trial) for trial in self.trials]}
+
+
+def choose_form(prefix: fx.GraphModule, photos: Tensor, passes: int, memory: Path | None) -> Form:
+    """The fastest equivalent form of `prefix` on the device of `photos`, a batch [N, 3, H, W] of
+    what it will run on.
+
+    `passes` photos are going to run through it. `memory` is a file that remembers the outcome, so
+    that the same work always runs in the same form, and gives the same bits.
+    """
+    plain: Run = prefix.eval()
+    if passes < _WORTH_A_TRIAL:
+        trials: tuple[Trial, ...] = ()
+        order: list[FormName] = ["folded"]
+    else:
+        trials = _recall(memory, prefix, photos)
+        if not trials:
+            trials = _try_all(prefix, photos)
+            _remember(memory, prefix, photos, trials)
+        order = _ranked(trials)
+    for name in order:
+        run, trial = _checked(name, prefix, plain, photos)
+        if run is not None:
+            return Form(name, run, trials or (trial,))
+    return Form("plain", plain, trials)
+
+
+def _ranked(trials: tuple[Trial, ...]) -> list[FormName]:
+    """Fastest first; of those about as fast, the one that is simpler to build."""
+    rates = {trial.form: trial.images_per_second or 0.0 for trial in trials}
+    best = max(rates.values(), default=0.0)
+    close = [form for form, rate in rates.items() if rate * _MARGIN >= best > 0]
+    return close + [form for form, rate in rates.items() if form not in close and rate > 0]
+
+
+def _try_all(prefix: fx.GraphModule, photos: Tensor) -> tuple[Trial, ...]:
+    names: tuple[FormName, ...] = (
+        ("folded", "compiled") if photos.is_cuda else ("folded", "onnxruntime")
+    )
+    built = {name: _checked(name, prefix, prefix, photos) for name in names}
+    seconds: dict[FormName, list[float]] = {name: [] for name in names}
+    for _ in range(_ROUNDS):  # in turn, so that a noisy moment hits all alike
+        for name, (run, _) in built.items():
+            if run is not None:
+                seconds[name].append(_time(run, photos))
+    return tuple(
+        trial
+        if run is None
+        else Trial(name, len(photos) / statistics.median(seconds[name]), trial.difference)
+        for name, (run, trial) in built.items()
+    )
+
+
+def _time(run: Run, photos: Tensor) -> float:
+    started = time.perf_counter()
+    with torch.inference_mode():
+        run(photos)
+    if photos.is_cuda:
+        torch.cuda.synchronize(photos.device)
+    return time.perf_counter() - started
+
+
+def _checked(
+    name: FormName, prefix: fx.GraphModule, plain: Run, photos: Tensor
+) -> tuple[Run | None, Trial]:
+    """Build a form and compare it with the plain network on these photos."""
+    try:
+        run = _BUILD[name](prefix, photos)
+        with torch.inference_mode():
+            difference = _difference(plain(photos), run(photos))
+    except Exception as error:  # a compiler or exporter fails in any way; the others still work
+        return None, Trial(name, problem=f"{type(error).__name__}: {error}"[:200])
+    if not difference <= TOLERANCE:
+        return None, Trial(name, difference=difference, problem="differs from the plain network")
+    return run, Trial(name, difference=difference)
+
+
+def _difference(expected: Activations, found: Activations) -> float:
+    pairs = list(zip(expected, found, strict=True))
+    largest = max(float(a.abs().max()) for a, _ in pairs)
+    return max(float((a - b).abs().max()) for a, b in pairs) / max(largest, 1e-30)
+
+
+# --- the forms ----------------------------------------------------------------------------------
+
+
+def _folded(prefix: fx.GraphModule, photos: Tensor) -> fx.GraphModule:
+    """BatchNorm becomes part of the convolution before it: in a copy, and in the prefix only."""
+    from torch.fx.experimental.optimization import fuse
+
+    folded = fuse(copy.deepcopy(prefix).eval(), no_trace=True)
+    folded.to(memory_format=torch.channels_last)
+    assert isinstance(folded, fx.GraphModule)
+    return folded
+
+
+def _compiled(prefix: fx.GraphModule, photos: Tensor) -> Run:
+    run: Run = torch.compile(_folded(prefix, photos), dynamic=False)
+    return run
+
+
+def _onnxruntime(prefix: fx.GraphModule, photos: Tensor) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Idle threads that spin would take the cores from PyTorch's, which run the tail.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(
+        _onnx(_folded(prefix, photos), photos), options, providers=["CPUExecutionProvider"]
+    )
+    name = session.get_inputs()[0].name
+
+    def run(batch: Tensor) -> Activations:
+        found = session.run(None, {name: batch.contiguous().numpy()})
+        return tuple(torch.from_numpy(value) for value in found)
+
+    return run
+
+
+def _onnx(module: fx.GraphModule, photos: Tensor) -> bytes:
+    batch = ({0: torch.export.Dim("photos")},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module, (photos[:3],), dynamo=True, dynamic_shapes=batch, verbose=False
+        )
+    assert program is not None
+    return bytes(program.model_proto.SerializeToString())
+
+
+_BUILD: Final[dict[FormName, Callable[[fx.GraphModule, Tensor], Run]]] = {
+    "folded": _folded,
+    "compiled": _compiled,
+    "onnxruntime": _onnxruntime,
+}
+
+
+# --- remembering --------------------------------------------------------------------------------
+
+
+def _recall(memory: Path | None, prefix: fx.GraphModule, photos: Tensor) -> tuple[Trial, ...]:
+    found = _read(memory).get(_work(prefix, photos), ())
+    try:
+        return tuple(Trial(**trial) for trial in found)
+    except TypeError:
+        return ()
+
+
+def _remember(
+    memory: Path | None, prefix: fx.GraphModule, photos: Tensor, trials: tuple[Trial, ...]
+) -> None:
+    if memory is None:
+        return
+    known = _read(memory) | {_work(prefix, photos): [asdict(trial) for trial in trials]}
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, json.dumps(known, indent=1).encode())
+    except OSError:
+        pass  # a cache that cannot be written has its own notice
+
+
+def _read(memory: Path | None) -> dict[str, Any]:
+    try:
+        known = json.loads(memory.read_text()) if memory is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _work(prefix: fx.GraphModule, photos: Tensor) -> str:
+    """What was tried: the same machine, program and shapes are expected to behave alike."""
+    from trainer.environment import describe
+
+    environment = describe(photos.device)
+    parts = [environment[k] for k in ("versions", "device", "cpu", "threads")]
+    text = json.dumps([*parts, list(photos.shape), prefix.code, repr(prefix)])
+    return hashlib.sha256(text.encode()).hexdigest()

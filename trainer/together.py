@@ -1,0 +1,251 @@
+"""One phase of one or many runs that share every batch: read once, frozen part computed once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainer.cache import say
+from trainer.config import Config
+from trainer.data import Photos
+from trainer.environment import choose_device, describe
+from trainer.frozen import Engine, Source, Work, prepare
+from trainer.loop import DivergedError, TrainingResult, evaluate, train_epoch
+from trainer.model import freeze, unfreeze, unfreeze_everything, unfreeze_head
+from trainer.phase import Part, PhaseRun
+from trainer.prefix import Trace, trace
+from trainer.progress import Progress
+from trainer.runlog import RunWriter
+from trainer.schema import ThawError
+from trainer.start import Start
+
+_FEWER_VIEWS: Final = 5
+_LONG_MINUTES: Final = 10
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run to train. `label` is its name in what is printed, `extra` goes into its run.json."""
+
+    config: Config
+    start: Start
+    label: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def train_together(members: Sequence[Member], photos: Photos, progress: Progress) -> list[PhaseRun]:
+    """Train members that start from the same network and see the same batches.
+
+    They share photos, seed, batch size, augmentation, epochs and device. A member whose loss
+    diverges, or whose folder cannot be written, ends as failed; the others go on. Whatever else
+    stops them is raised, after each has kept its checkpoints and said in its log how it ended.
+    """
+    config, start = members[0].config, members[0].start
+    device = choose_device(config.device)
+    start.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    traced = _trace(config, start, device)
+    parts = _parts([member.config for member in members], start.network, traced)
+    runs: list[PhaseRun] = []
+    try:
+        for member, part in zip(members, parts, strict=True):
+            runs.append(_open_run(member, part, photos, device))
+        engine = _engine(config, start, photos, device, traced, parts)
+        for run in runs:
+            run.writer.update(engine=engine.to_dict())
+        if config.views == "auto" and (advice := fewer_views(engine, config, len(photos.train))):
+            say(advice)
+        _Drive(runs, [m.label for m in members], engine, photos, progress).all_epochs()
+    except (KeyboardInterrupt, SystemExit):
+        _end_all(runs, "interrupted", None)
+        raise
+    except BaseException as error:
+        _end_all(runs, "failed", f"{type(error).__name__}: {error}")
+        raise
+    return runs
+
+
+def _trace(config: Config, start: Start, device: torch.device) -> Trace | None:
+    if config.phase in ("direct", "scratch"):
+        return None  # one evaluation has nothing to save, and from scratch nothing is frozen
+    side = start.preprocess.crop
+    return trace(start.network, torch.rand(3, 3, side, side, device=device))
+
+
+def _parts(configs: Sequence[Config], network: nn.Module, traced: Trace | None) -> list[Part]:
+    """For each config its part; cut once for those that unfreeze the same."""
+    known: dict[tuple[str, str], Part] = {}
+    for config in configs:
+        which = config.phase, config.unfreeze
+        known[which] = known.get(which) or part_of(config, network, traced)
+    return [known[config.phase, config.unfreeze] for config in configs]
+
+
+def part_of(config: Config, network: nn.Module, traced: Trace | None) -> Part:
+    """Freeze the network as `config` says; what trains then."""
+    match config.phase:
+        case "transfer":
+            unfreeze_head(network)
+        case "finetune":
+            unfreeze(network, config.unfreeze)
+        case "scratch":
+            unfreeze_everything(network)
+        case "direct":
+            freeze(network)
+    return Part.of(network, traced)
+
+
+def _open_run(member: Member, part: Part, photos: Photos, device: torch.device) -> PhaseRun:
+    config, start = member.config, member.start
+    writer = RunWriter.create(config.runs_dir, config.run_name or _name(config), {})
+    writer.update(
+        recipe=None,
+        config=config.to_dict(),
+        model=start.spec.to_dict(),
+        classes=list(start.classes),
+        dataset=photos.to_dict(),
+        preprocess=start.preprocess.to_dict(),
+        environment=describe(device),
+        **start.origin,
+        **member.extra,
+    )
+    return PhaseRun(config, start, writer, part, photos.val, device)
+
+
+def _name(config: Config) -> str:
+    if config.phase == "finetune":
+        return f"finetune-{config.unfreeze}-lr{config.learning_rate:g}"
+    return config.phase if config.parent is None else f"{config.phase}-further"
+
+
+def _engine(
+    config: Config,
+    start: Start,
+    photos: Photos,
+    device: torch.device,
+    traced: Trace | None,
+    parts: Sequence[Part],
+) -> Engine:
+    views = config.distinct_views or config.epochs
+    repeated = min(views, config.epochs) if config.augmentation.active else 1
+    few = np.arange(min(config.batch_size, len(photos.train)))
+    work = Work(
+        preprocess=start.preprocess,
+        device=device,
+        augmentation=config.augmentation,
+        seed=config.seed,
+        views=config.distinct_views,
+        passes=len(photos.train) * repeated + len(photos.val),
+        sample=torch.from_numpy(photos.train.photos[few]),
+    )
+    return prepare(
+        work,
+        traced,
+        [part.cut for part in parts],
+        {"arch": start.spec.arch, "pool": start.spec.pool},
+        photos.cache,
+        config.cache_dir / "calibration.json",
+    )
+
+
+def fewer_views(engine: Engine, config: Config, photos: int) -> str | None:
+    """What `--views auto` has to say where exact views take long: a suggestion, never a choice."""
+    rates = [trial.images_per_second for trial in engine.trials if trial.images_per_second]
+    if not rates or not config.augmentation.active or config.epochs <= _FEWER_VIEWS:
+        return None
+    exact, fewer = (photos * views / max(rates) / 60 for views in (config.epochs, _FEWER_VIEWS))
+    if exact < _LONG_MINUTES:
+        return None
+    return (
+        f"Computing every epoch's own views takes about {exact:.0f} minutes here, "
+        f"{_FEWER_VIEWS} views of each photo in turn about {fewer:.0f} (--views {_FEWER_VIEWS}). "
+        "That is another training; docs/benchmarks.md shows what it costs in accuracy."
+    )
+
+
+def _end_all(runs: Sequence[PhaseRun], status: Any, reason: str | None) -> None:
+    for run in runs:
+        run.end(status, reason)
+
+
+class _Drive:
+    """All epochs of runs that share their batches."""
+
+    def __init__(
+        self,
+        runs: Sequence[PhaseRun],
+        labels: Sequence[str],
+        engine: Engine,
+        photos: Photos,
+        progress: Progress,
+    ) -> None:
+        self._runs, self._progress = runs, progress
+        self._labels = dict(zip(map(id, runs), labels, strict=True))
+        self._train = Source(engine, photos.train, augmented=True)
+        self._val = Source(engine, photos.val, augmented=False)
+        self._config, self._first = runs[0].config, runs[0].start.first_epoch
+
+    def all_epochs(self) -> None:
+        self._before()
+        if self._config.phase != "direct":
+            for phase_epoch in range(1, self._config.epochs + 1):
+                if self._active:
+                    self._epoch(phase_epoch)
+        for run in self._active:
+            run.end("done")
+
+    @property
+    def _active(self) -> list[PhaseRun]:
+        return [run for run in self._runs if run.status == "running"]
+
+    def _before(self) -> None:
+        started = time.perf_counter()
+        size = self._config.batch_size
+        for source in (self._val, self._train):
+            if not source.augmented and self._config.phase != "direct":
+                source.open()
+                source.fill(size)
+        evaluations = evaluate(self._runs, self._val, size)
+        # Each run bears its share of what was done for all.
+        seconds = (time.perf_counter() - started) / len(self._runs)
+        for run, evaluation in zip(self._runs, evaluations, strict=True):
+            run.begin(evaluation, seconds)
+        self._show(0)
+
+    def _epoch(self, phase_epoch: int) -> None:
+        active, size = self._active, self._config.batch_size
+        self._progress.start_epoch(self._config.phase, phase_epoch, self._config.epochs)
+        for run in active:
+            run.start_epoch(phase_epoch)
+        results, seconds = train_epoch(
+            active, self._train, size, self._first + phase_epoch, self._progress.batch
+        )
+        rate = len(self._train.split) / seconds
+        trained: list[tuple[PhaseRun, TrainingResult]] = []
+        for run, result in zip(active, results, strict=True):
+            if isinstance(result, DivergedError):
+                run.fail(result)
+            else:
+                trained.append((run, result))
+        started = time.perf_counter()
+        evaluations = evaluate([run for run, _ in trained], self._val, size)
+        seconds = (seconds + time.perf_counter() - started) / len(active)
+        for (run, result), evaluation in zip(trained, evaluations, strict=True):
+            try:
+                run.end_epoch(phase_epoch, result, evaluation, seconds, rate)
+            except ThawError as error:
+                run.fail(error)
+        self._show(phase_epoch)
+
+    def _show(self, phase_epoch: int) -> None:
+        records = [
+            (self._labels[id(run)], run.last)
+            for run in self._runs
+            if run.last is not None and run.last.phase_epoch == phase_epoch
+        ]
+        self._progress.epoch(records, self._config.epochs)
