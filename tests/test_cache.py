@@ -146,6 +146,17 @@ def test_a_full_disk_is_left_some_space(tmp_path: Path, monkeypatch: pytest.Monk
     assert not list_entries(tmp_path / "rows")
 
 
+def test_what_a_killed_process_left_behind_is_swept_up(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 10**6)
+    assert cache.open(key(0), LAYOUT, 10) is not None
+    old, new = tmp_path / "rows" / ".abc.new", tmp_path / "rows" / ".def.new"
+    for path in (old, new):
+        path.write_bytes(b"half a file")
+    age(old, 7200)
+    assert cache.open(key(1), LAYOUT, 10) is not None
+    assert (old.exists(), new.exists()) == (False, True)
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("20GB", 20 * 10**9), ("500 mb", 500 * 10**6), ("1.5g", 1_500_000_000), ("17", 17), ("0", 0)],

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,14 @@ from typing import Any, Final
 import numpy as np
 from tqdm import tqdm
 
-from trainer.rows import HEADER_BYTES, Header, Layout, RowFile
+from trainer.rows import HEADER_BYTES, UNFINISHED, Header, Layout, RowFile
 from trainer.schema import ThawError
 
 _SUFFIX: Final = ".rows"
 # Left to everybody else on the disk.
 _SPARE_BYTES: Final = 1 << 30
+# Making a file takes a moment; after this nobody is making it any more.
+_ABANDONED_SECONDS: Final = 3600
 # Modules whose code decides what is in a cache; a change in any of them changes every key.
 _CODE: Final = ("augment.py", "forms.py", "frozen.py", "model.py", "prefix.py", "preprocess.py")
 
@@ -123,6 +126,7 @@ class Cache:
 
     def _make_room(self, size: int) -> None:
         """Raises OSError where it cannot be made."""
+        _sweep_up(self._folder)
         entries = sorted(list_entries(self._folder), key=lambda entry: entry.used)
         total = sum(entry.bytes for entry in entries)
         # Not what this process reads: evicting its own next view would make the cache useless.
@@ -166,6 +170,16 @@ def _entries(folder: Path) -> Iterator[Entry]:
         except OSError:
             continue
         yield Entry(path, status.st_size, status.st_mtime)
+
+
+def _sweep_up(folder: Path) -> None:
+    """Remove what processes left behind that were killed while they made a file."""
+    for path in folder.glob(f".*{UNFINISHED}"):
+        try:
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                _remove(path)
+        except OSError:
+            continue
 
 
 def _remove(path: Path) -> None:

@@ -110,10 +110,6 @@ def _transfer_first(config: Config, photos: Photos) -> Run:
 def _train_alone(job: Job) -> Run:
     config, photos = job.config, job.photos
     _introduce(photos)
-    print(
-        f"{config.phase}: {len(photos.train)} training and {len(photos.val)} validation photos "
-        f"in {len(photos.classes)} classes, on {choose_device(config.device)} -> {config.runs_dir}"
-    )
     with Progress(_photos_to_train(job)) as progress:
         (run,) = train_together([Member(config, job.start, config.phase)], photos, progress)
         seconds = progress.seconds

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 FORMAT: Final = 1
 HEADER_BYTES: Final = 8192
+UNFINISHED: Final = ".new"
 # Set in a mark beside the 32 bits of the checksum: a checksum of 0 is not "nothing here".
 _WRITTEN: Final = 1 << 32
 
@@ -123,7 +124,7 @@ class RowFile:
     def create(cls, path: Path, header: Header) -> RowFile:
         """Make the file, its whole size reserved, or open the one that another process has just
         made. Raises OSError, for instance on a full disk."""
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".new")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=UNFINISHED)
         try:
             _reserve(descriptor, header)
             os.pwrite(descriptor, header.encode(), 0)

@@ -22,7 +22,7 @@ from trainer.phase import Part, PhaseRun
 from trainer.prefix import Trace, trace
 from trainer.progress import Progress
 from trainer.runlog import RunWriter
-from trainer.schema import ThawError
+from trainer.schema import Status, ThawError
 from trainer.start import Start
 
 _FEWER_VIEWS: Final = 5
@@ -58,6 +58,7 @@ def train_together(members: Sequence[Member], photos: Photos, progress: Progress
         engine = _engine(config, start, photos, device, traced, parts)
         for run in runs:
             run.writer.update(engine=engine.to_dict())
+        _announce(runs, photos, device)
         if config.views == "auto" and (advice := fewer_views(engine, config, len(photos.train))):
             say(advice)
         _Drive(runs, [m.label for m in members], engine, photos, progress).all_epochs()
@@ -164,13 +165,30 @@ def fewer_views(engine: Engine, config: Config, photos: int) -> str | None:
     return (
         f"Computing every epoch's own views takes about {exact:.0f} minutes here, "
         f"{_FEWER_VIEWS} views of each photo in turn about {fewer:.0f} (--views {_FEWER_VIEWS}). "
-        "That is another training; docs/benchmarks.md shows what it costs in accuracy."
+        "That is another training, and may end at another accuracy."
     )
 
 
-def _end_all(runs: Sequence[PhaseRun], status: Any, reason: str | None) -> None:
+def _announce(runs: Sequence[PhaseRun], photos: Photos, device: torch.device) -> None:
+    seen = (
+        f"{len(photos.train)} training and {len(photos.val)} validation photos in "
+        f"{len(photos.classes)} classes"
+    )
+    first = runs[0]
+    if len(runs) == 1:
+        what = f"{first.config.phase}: {seen}, {first.part.params:,} parameters train"
+        where = first.writer.path
+    else:
+        what, where = f"{len(runs)} runs on {seen}", first.config.runs_dir
+    print(f"{what}, on {device} -> {where}")
+
+
+def _end_all(runs: Sequence[PhaseRun], status: Status, reason: str | None) -> None:
     for run in runs:
-        run.end(status, reason)
+        try:
+            run.end(status, reason)
+        except ThawError as error:  # what stopped them all is on its way to the user already
+            say(str(error))
 
 
 class _Drive:

@@ -80,6 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
         job = make_job(arguments, Case(1, 20, augment=True), Path(folder))
         job = dataclasses.replace(job, **arguments.settings)
+        photos = len(job.photos("train"))
         for _ in range(arguments.rounds):
             measured = {
                 "seven": sweep(job, (*_PAIRS, _EVERYTHING)),
@@ -92,7 +93,7 @@ def main() -> None:
                     say(f"{name} {kind}: {value:.1f} s")
     print(report({name: statistics.median(values) for name, values in seconds.items()}))
     print(f"\nLoad average: {load:.2f} at the start, {os.getloadavg()[0]:.2f} at the end.")
-    print(json.dumps({"seconds": seconds, "photos": len(job.photos("train"))}))
+    print(json.dumps({"seconds": seconds, "photos": photos}))
 
 
 def report(seconds: dict[str, float]) -> str:
