@@ -10,7 +10,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from trainer.cache import Cache, Key, say
 from trainer.cli import inert
-from trainer.config import SAMPLE, Config
+from trainer.config import SAMPLE, Augmentation, Config
 from trainer.preprocess import PHOTO_SUFFIXES, Photo, PhotoError, is_photo, load_photo
 from trainer.rows import Header, Layout, RowFile, Rows
 from trainer.schema import Preprocess, ThawError
@@ -331,22 +331,13 @@ def load_photos(config: Config, preprocess: Preprocess) -> Photos:
     out, and fatal with `--strict`.
     """
     listing = list_photos(config)
-    larger = config.augmentation.crop_from
-    if larger is not None and larger < preprocess.crop:
-        raise DataError(
-            f"--crop-from {larger}: must be at least {preprocess.crop}, the input size."
-        )
-    train_preprocess = (
-        preprocess
-        if larger is None
-        else Preprocess(larger, larger, preprocess.interpolation, preprocess.mean, preprocess.std)
-    )
+    augmented = to_augment(config.augmentation, preprocess)
     used = [item for item in listing.items if item.split != "test"]
     cache = Cache(config.cache_dir, config.cache_limit) if config.cache else None
     rejected: dict[str, str] = {}
     hashes = _hash_all(listing.root, used, rejected)
     splits = {}
-    for name, wanted in (("train", train_preprocess), ("val", preprocess)):
+    for name, wanted in (("train", augmented), ("val", preprocess)):
         items = [item for item in used if item.split == name and item.file in hashes]
         splits[name] = _Decoder(listing, items, hashes, wanted).split(config, cache, rejected)
     if rejected:
@@ -360,6 +351,19 @@ def load_photos(config: Config, preprocess: Preprocess) -> Photos:
         fingerprint=_fingerprint(listing, used, hashes),
         cache=cache,
     )
+
+
+def to_augment(augmentation: Augmentation, preprocess: Preprocess) -> Preprocess:
+    """How photos are decoded that are augmented then: the larger square to crop from included.
+
+    Raises DataError where that is smaller than the network's input.
+    """
+    side = augmentation.crop_from
+    if side is None:
+        return preprocess
+    if side < preprocess.crop:
+        raise DataError(f"--crop-from {side}: must be at least {preprocess.crop}, the input size.")
+    return replace(preprocess, resize=side, crop=side)
 
 
 def _hash_all(root: Path, items: list[Item], rejected: dict[str, str]) -> dict[str, str]:

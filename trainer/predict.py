@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import statistics
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from trainer.config import Augmentation, Config
-from trainer.data import DataError, Listing, PhotoRows, Split, list_photos
+from trainer.data import Listing, PhotoRows, Split, list_photos, to_augment
 from trainer.environment import choose_device
 from trainer.frozen import Batch, Engine, Source, Work, prepare
 from trainer.grid import Plan, batches_of, trunk
@@ -123,7 +122,7 @@ def _add_photos(total: _Total, group: _Group, bench: _Bench) -> None:
     """Decoding and resizing, once for each size."""
     scene, kept = bench.scene, group.config.cache
     for split, augmentation in (("train", group.config.augmentation), ("val", _PLAIN)):
-        preprocess, count = scene.preprocess_for(augmentation), scene.count(split)
+        preprocess, count = to_augment(augmentation, scene.preprocess), scene.count(split)
         size = _layout(preprocess.crop).file_bytes(count) if kept else 0
         seconds = count * bench.decode(preprocess)
         total.add_once(("photos", split, preprocess), size, seconds)
@@ -202,16 +201,6 @@ class _Scene:
 
     def count(self, split: str) -> int:
         return sum(item.split == split for item in self.listing.items)
-
-    def preprocess_for(self, augmentation: Augmentation) -> Preprocess:
-        """How photos are decoded for these views, the larger square to crop from included."""
-        side = augmentation.crop_from
-        if side is None:
-            return self.preprocess
-        if side < self.preprocess.crop:
-            crop = self.preprocess.crop
-            raise DataError(f"--crop-from {side}: must be at least {crop}, the input size.")
-        return dataclasses.replace(self.preprocess, resize=side, crop=side)
 
 
 class _Bench:
@@ -302,7 +291,7 @@ class _Bench:
 
     def _one_batch(self, augmentation: Augmentation, cuts: list[Cut]) -> _OneBatch:
         scene = self.scene
-        photos = self._photos(scene.preprocess_for(augmentation))
+        photos = self._photos(to_augment(augmentation, scene.preprocess))
         photos = np.resize(photos, (scene.config.batch_size, *photos.shape[1:]))
         work = Work(
             preprocess=scene.preprocess,
