@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
-from trainer.allocator import keep_freed_memory
+from trainer.allocator import keep_freed_memory, restart_with_huge_pages
 from trainer.cache import parse_size
 from trainer.cli import guarded
 from trainer.config import DEFAULT_LR, Augmentation, Config, Schedule, default_cache_dir
@@ -261,4 +261,5 @@ def _train(config: Config) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

@@ -35,7 +35,8 @@ def describe(device: torch.device) -> dict[str, Any]:
     """The "environment" of run.json."""
     return {
         "versions": {"thaw": trainer.__version__, "python": platform.python_version()}
-        | {p: _version(p) for p in _PACKAGES},
+        | {p: _version(p) for p in _PACKAGES}
+        | {"onnxruntime": _version("onnxruntime-gpu") or _version("onnxruntime")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),

@@ -69,7 +69,8 @@ class Trace:
         None where nothing is frozen, or where the parts would not give what the whole gives.
         """
         nodes = self._nodes
-        first = next(i for i, node in enumerate(nodes) if _belongs_to_tail(self._network, node))
+        head = head_name(self._network).partition(".")[0]
+        first = next(i for i, n in enumerate(nodes) if _belongs_to_tail(self._network, head, n))
         # The latest of the smallest: what does not cost memory should not be computed again.
         place = min(range(first, 0, -1), key=lambda i: self._size(i))
         crossing = self._crossing(place)
@@ -134,7 +135,7 @@ def _trace(network: nn.Module, example: Tensor) -> list[fx.Node]:
     return list(graph.nodes)
 
 
-def _belongs_to_tail(network: nn.Module, node: fx.Node) -> bool:
+def _belongs_to_tail(network: nn.Module, head: str, node: fx.Node) -> bool:
     if node.op == "output":
         return True
     name = str(node.target)
@@ -144,7 +145,7 @@ def _belongs_to_tail(network: nn.Module, node: fx.Node) -> bool:
         return False
     trains = any(p.requires_grad for p in network.get_submodule(name).parameters())
     # The dropout in front of the head is live in every phase; see model.set_train_mode.
-    return trains or name.partition(".")[0] == head_name(network).partition(".")[0]
+    return trains or name.partition(".")[0] == head
 
 
 def _bytes(meta: Any, batch: int) -> int:
