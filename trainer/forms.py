@@ -35,7 +35,7 @@ TOLERANCE: Final = 1e-3
 # A form that is not clearly faster is not worth what building it costs in every run.
 _MARGIN: Final = 1.1
 # With fewer forward passes than this ahead, a trial costs more than it can save.
-_WORTH_A_TRIAL: Final = 1500
+_WORTH_A_TRIAL: Final = 2500
 _ROUNDS: Final = 3
 
 
