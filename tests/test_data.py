@@ -12,7 +12,8 @@ import pytest
 import trainer.data
 from tests.conftest import PhotoFolder
 from trainer.config import Augmentation, Config
-from trainer.data import DataError, Listing, list_photos, load_photos
+from trainer.data import load_photos
+from trainer.listing import DataError, Listing, list_photos
 from trainer.schema import Preprocess
 
 SMALL = Preprocess(resize=36, crop=32)

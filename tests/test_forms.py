@@ -34,7 +34,7 @@ PHOTOS = torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 def test_every_form_gives_what_the_network_gives(
     prefix: fx.GraphModule, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer.forms, "_ranked", lambda trials: [form])
+    monkeypatch.setattr(trainer.forms, "_fastest", lambda trials: form)
     chosen = choose_form(prefix, PHOTOS, MANY, None)
     assert chosen.name == form
     for count in (1, 4):
@@ -57,7 +57,7 @@ def test_the_outcome_of_a_trial_is_remembered(
     first = choose_form(prefix, PHOTOS, MANY, memory)
     assert {trial.form for trial in first.trials} == {"folded", "onnxruntime"}
     assert all(trial.images_per_second for trial in first.trials)
-    monkeypatch.setattr(trainer.forms, "_try_all", _never)
+    monkeypatch.setattr(trainer.forms, "_timed", _never)
     again = choose_form(prefix, PHOTOS, MANY, memory)
     assert (again.name, again.trials) == (first.name, first.trials)
     with pytest.raises(AssertionError, match="tried"):  # other shapes are other work
@@ -75,6 +75,22 @@ def test_little_work_is_not_worth_a_trial(prefix: fx.GraphModule, tmp_path: Path
     chosen = choose_form(prefix, PHOTOS, 100, tmp_path / "calibration.json")
     assert [trial.form for trial in chosen.trials] == ["folded"]
     assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_is_for_those_who_ask(
+    prefix: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = tmp_path / "calibration.json"
+    exact = choose_form(prefix, PHOTOS, MANY, memory)
+    assert "bfloat16" not in {trial.form for trial in exact.trials}
+    asked = choose_form(prefix, PHOTOS, MANY, memory, "bf16")
+    difference = {trial.form: trial.difference for trial in asked.trials}["bfloat16"]
+    assert difference is not None
+    assert TOLERANCE < difference < 0.1
+    monkeypatch.setattr(trainer.forms, "_fastest", lambda trials: "bfloat16")
+    with torch.inference_mode():
+        (value,) = choose_form(prefix, PHOTOS, MANY, memory, "bf16").run(PHOTOS)
+    assert value.dtype == torch.float32
 
 
 def test_a_form_that_is_wrong_or_broken_is_not_used(

@@ -164,7 +164,7 @@ def test_auto_suggests_fewer_views_and_never_chooses_them(
 ) -> None:
     monkeypatch.setattr(trainer.forms, "_WORTH_A_TRIAL", 1)
     slow = (trainer.forms.Trial("folded", images_per_second=1.0, difference=0.0),)
-    monkeypatch.setattr(trainer.forms, "_try_all", lambda *_: slow)
+    monkeypatch.setattr(trainer.forms, "_timed", lambda *_: slow)
     monkeypatch.setattr(trainer.together, "_LONG_MINUTES", 0)
     flags = ("--phase", "transfer", "--epochs", "6", "--brightness", "0.2")
     exact = train_awake(*flags)
@@ -189,6 +189,7 @@ BASE = Work(
     seed=0,
     views=None,
     passes=1,
+    precision="fp32",
     sample=torch.zeros(2, 224, 224, 3, dtype=torch.uint8),
 )
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from trainer.ranking import ranking, standings, verdict
 from trainer.recipe import parse
 from trainer.runlog import Run, RunWriter, list_runs, read_run
 from trainer.schema import EpochRecord, PhaseRecord, Status
-from trainer.sweep import Engine, find_parent, finished, main
+from trainer.sweep import Engine, earlier, find_parent, main
 
 ROOT = Path(__file__).resolve().parents[1]
 BOUNDARY = 0.70
@@ -87,7 +87,10 @@ class StandIn:
         self.trained.append(config)
         return write_run(config, None, [0.7])
 
-    def fit_together(self, configs: Sequence[Config], sweep: SweepInfo) -> list[Run]:
+    def fit_together(
+        self, configs: Sequence[Config], sweep: SweepInfo, interrupted: Mapping[int, Run]
+    ) -> list[Run]:
+        self.interrupted = dict(interrupted)
         runs = []
         for index, config in enumerate(configs):
             if index == self.stop_after:
@@ -261,7 +264,7 @@ def test_what_failed_is_trained_again_and_the_newest_counts(flags: list[str]) ->
     better = StandIn(lambda config: [0.9])
     assert main([*argv, "--again"], better.engine) == 0
     made = made_from(argv)
-    assert {run.epochs[1].val_acc for run in finished(made).values()} == {0.9}
+    assert {run.epochs[1].val_acc for run in earlier(made).values()} == {0.9}
 
 
 def test_more_seeds_go_on_from_those_that_are_done(
@@ -290,11 +293,25 @@ def test_other_and_damaged_runs_are_no_members(flags: list[str]) -> None:
         None,
     ):
         write_run(made.configs[0], entry, [0.9])
-    for status in ("failed", "interrupted", "running"):
-        write_run(made.configs[0], good, [0.9], status)
-    assert finished(made) == {}
+    write_run(made.configs[0], good, [0.9], "failed")
+    assert earlier(made) == {}
     run = write_run(made.configs[0], good, [0.9])
-    assert finished(made) == {0: run}
+    assert earlier(made) == {0: run}
+
+
+def test_members_that_were_interrupted_or_killed_are_handed_on(flags: list[str]) -> None:
+    made = made_from([*flags, "--lr", "1e-6", "1e-8"])
+    killed = write_run(made.configs[0], made.info.entry(0), [0.9], "running")
+    write_run(made.configs[1], made.info.entry(1), [0.9], "interrupted")
+    newest = write_run(made.configs[1], made.info.entry(1), [0.9], "interrupted")
+    assert earlier(made) == {0: killed, 1: newest}
+    stand_in = StandIn(by_rate)
+    assert main([*flags, "--lr", "1e-6", "1e-8", "--again"], stand_in.engine) == 0
+    assert stand_in.interrupted == {}
+    done = earlier(made)[0]
+    assert done.status == "done"
+    write_run(made.configs[0], made.info.entry(0), [0.9], "interrupted")
+    assert earlier(made)[0] == done
 
 
 def made_from(argv: Sequence[str]) -> Plan:
@@ -307,7 +324,7 @@ def test_a_terminated_sweep_says_so(runs: Path) -> None:
     code = """if True:
         import os, signal, sys, time
         from trainer.sweep import Engine, main
-        def fit_together(configs, sweep):
+        def fit_together(configs, sweep, interrupted):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
         sys.exit(main(sys.argv[1:], Engine(fit_together=fit_together)))
@@ -460,7 +477,7 @@ def test_an_infinite_validation_loss_ends_its_own_member_only(tmp_path: Path, ph
 
 
 def trained(made: Plan, results: Callable[[Config], Sequence[float] | str]) -> dict[int, Run]:
-    return dict(enumerate(StandIn(results).fit_together(made.configs, made.info)))
+    return dict(enumerate(StandIn(results).fit_together(made.configs, made.info, {})))
 
 
 def seeded(config: Config) -> Sequence[float] | str:

@@ -27,7 +27,10 @@ class CheckpointError(ThawError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network's weights with what they mean. `epoch` counts over the whole lineage."""
+    """A network's weights with what they mean. `epoch` counts over the whole lineage.
+
+    `optimizer` is the state to train on with, where there was a step before and one may follow.
+    """
 
     spec: ModelSpec
     classes: tuple[str, ...]
@@ -36,6 +39,7 @@ class Checkpoint:
     epoch: int
     state_dict: Mapping[str, Tensor] = field(repr=False)
     sha256: str = ""
+    optimizer: dict[str, Any] | None = field(default=None, repr=False)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> str:
@@ -50,6 +54,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> str:
             "phase": checkpoint.phase,
             "epoch": checkpoint.epoch,
             "state_dict": dict(checkpoint.state_dict),
+            "optimizer": checkpoint.optimizer,
         },
         buffer,
     )
@@ -99,6 +104,7 @@ def _from_data(data: Mapping[str, Any], digest: str) -> Checkpoint:
         epoch=data["epoch"],
         state_dict=data["state_dict"],
         sha256=digest,
+        optimizer=data.get("optimizer"),
     )
 
 

@@ -1,14 +1,13 @@
-"""From a folder of class folders to arrays: list, split, decode once, fingerprint."""
+"""From listed photos to arrays: decode once, fingerprint."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import io
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,45 +20,14 @@ from tqdm import tqdm
 
 from trainer.cache import Cache, Key, say
 from trainer.cli import inert
-from trainer.config import SAMPLE, Augmentation, Config
-from trainer.preprocess import PHOTO_SUFFIXES, Photo, PhotoError, is_photo, load_photo
+from trainer.config import Augmentation, Config
+from trainer.listing import DataError, Item, Listing, check_counts, list_photos
+from trainer.preprocess import Photo, PhotoError, load_photo
 from trainer.rows import Header, Layout, RowFile, Rows
-from trainer.schema import Preprocess, ThawError
+from trainer.schema import Preprocess
 
-_SPLIT_NAMES: Final = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
 # Photos that cannot be cached are kept in memory up to here, else in a file that has no name.
 _IN_MEMORY_BYTES: Final = 4 << 30
-
-
-class DataError(ThawError):
-    """A data folder that cannot be trained on; says what is wrong with it."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One listed photo: `file` is relative to the data folder, with forward slashes."""
-
-    file: str
-    label: int
-    split: str
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What a data folder holds, before any photo is opened."""
-
-    name: str
-    root: Path
-    classes: tuple[str, ...]
-    items: tuple[Item, ...]
-    notices: tuple[str, ...] = ()
 
 
 class PhotoRows:
@@ -137,189 +105,6 @@ class Photos:
         }
 
 
-# --- listing ----------------------------------------------------------------------------------
-
-
-def list_photos(config: Config) -> Listing:
-    """Find classes and photos and split them. Raises DataError."""
-    name, root = _root(config)
-    if not root.is_dir():
-        raise DataError(
-            f"There is no folder {root}. Give --data a folder that holds class folders."
-        )
-    if config.split_file is not None:
-        listing = _from_split_file(name, root, config.split_file)
-    elif own := _own_splits(root):
-        listing = _from_split_folders(name, root, own, config)
-    else:
-        classes, files, notices = _class_folders(root)
-        items = [
-            Item(file, label, split)
-            for label, of_class in enumerate(files)
-            for file, split in _split_class(_limited(of_class, config), config)
-        ]
-        listing = Listing(name, root, classes, tuple(items), notices)
-    _check(listing)
-    return listing
-
-
-def _root(config: Config) -> tuple[str, Path]:
-    if config.data in (None, SAMPLE):
-        return SAMPLE, _sample(config.cache_dir)
-    root = Path(str(config.data)).expanduser().absolute()
-    return root.name, root
-
-
-def _sample(cache_dir: Path) -> Path:
-    from trainer.sample import prepare_sample
-
-    with tqdm(desc="Drawing the sample, once", unit="img", disable=None, leave=False) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return prepare_sample(cache_dir, progress=show)
-
-
-def _own_splits(root: Path) -> dict[str, Path]:
-    found = {_SPLIT_NAMES.get(p.name.lower(), ""): p for p in _folders(root)}
-    found.pop("", None)
-    return found if "train" in found else {}
-
-
-def _folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
-
-
-def _class_folders(root: Path) -> tuple[tuple[str, ...], list[list[str]], tuple[str, ...]]:
-    """Class names, their photos (relative to `root`), and what the user should know."""
-    classes, files, notices = [], [], []
-    for folder in _folders(root):
-        photos, others = _photos_below(folder)
-        if others:
-            notices.append(f"{folder.name}: {others} files without a photo suffix were left out.")
-        if photos:
-            classes.append(folder.name)
-            files.append([path.relative_to(root).as_posix() for path in photos])
-        else:
-            notices.append(f"{folder.name}: holds no photos and is no class.")
-    return tuple(classes), files, tuple(notices)
-
-
-def _photos_below(folder: Path) -> tuple[list[Path], int]:
-    photos, others = [], 0
-    for base, folders, names in os.walk(folder):  # does not follow links, so no loops
-        folders[:] = sorted(n for n in folders if not n.startswith("."))
-        for name in sorted(names):
-            path = Path(base) / name
-            if is_photo(path):
-                photos.append(path)
-            elif not name.startswith("."):
-                others += 1
-    return photos, others
-
-
-def _rank(file: str, seed: int) -> bytes:
-    """A place in the shuffle that depends on this photo alone, not on its neighbours."""
-    text = file.encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(text, digest_size=16, salt=seed.to_bytes(8, "little")).digest()
-
-
-def _limited(files: list[str], config: Config) -> list[str]:
-    return sorted(files, key=lambda file: _rank(file, 0))[: config.limit]
-
-
-def _split_class(files: list[str], config: Config) -> list[tuple[str, str]]:
-    """Stratified: each class is shuffled by its photos' own ranks, so photos added to other
-    classes change nothing here."""
-    ranked = sorted(files, key=lambda file: _rank(file, config.split_seed))
-    held_out = min(max(1, round(len(ranked) * config.val_fraction)), max(1, len(ranked) - 1))
-    return sorted((f, "val" if i < held_out else "train") for i, f in enumerate(ranked))
-
-
-def _from_split_folders(
-    name: str, root: Path, folders: Mapping[str, Path], config: Config
-) -> Listing:
-    classes = sorted({c for folder in folders.values() for c in _class_folders(folder)[0]})
-    items, notices = [], []
-    for split, folder in folders.items():
-        names, files, said = _class_folders(folder)
-        notices += [f"{split}: {notice}" for notice in said]
-        for class_name, of_class in zip(names, files, strict=True):
-            label = classes.index(class_name)
-            paths = [f"{folder.name}/{file}" for file in _limited(of_class, config)]
-            if split == "train" and "val" not in folders:
-                items += [Item(file, label, part) for file, part in _split_class(paths, config)]
-            else:
-                items += [Item(file, label, split) for file in paths]
-    if "val" not in folders:
-        notices.append(
-            f"No val folder: {config.val_fraction:.0%} of train is held out for validation."
-        )
-    return Listing(name, root, tuple(classes), tuple(items), tuple(notices))
-
-
-def _from_split_file(name: str, root: Path, path: Path) -> Listing:
-    """A CSV with the columns path (relative to the data folder, class folder first) and split."""
-    try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"--split-file {path} cannot be read: {error}.") from error
-    if not rows or not {"path", "split"} <= set(rows[0]):
-        raise DataError(f"--split-file {path} must be a CSV with the columns path and split.")
-    found: list[tuple[str, str, str]] = []
-    for line, row in enumerate(rows, start=2):
-        file, split = (row["path"] or "").replace("\\", "/"), _SPLIT_NAMES.get(row["split"] or "")
-        parts = Path(file).parts
-        if split is None or len(parts) < 2 or ".." in parts or Path(file).is_absolute():
-            raise DataError(
-                f"{path}, line {line}: expected class/photo.jpg and train, val or test, "
-                f"found {row['path']!r} and {row['split']!r}."
-            )
-        if not (root / file).is_file():
-            raise DataError(f"{path}, line {line}: there is no photo {root / file}.")
-        found.append((file, parts[-2], split))
-    twice = [file for file, count in Counter(f for f, _, _ in found).items() if count > 1]
-    if twice:
-        raise DataError(f"{path} lists {twice[0]} more than once; a photo belongs to one split.")
-    classes = sorted({class_name for _, class_name, _ in found})
-    items = [Item(file, classes.index(c), split) for file, c, split in found]
-    return Listing(name, root, tuple(classes), tuple(items))
-
-
-def _check(listing: Listing) -> None:
-    if not listing.classes:
-        kinds = " ".join(sorted(PHOTO_SUFFIXES))
-        raise DataError(
-            f"{listing.root} holds no class folders with photos. Expected one folder for each "
-            f"class with photos inside ({kinds})."
-        )
-    if len(listing.classes) == 1:
-        raise DataError(
-            f"{listing.root} holds one class only ({listing.classes[0]}); a classifier needs two."
-        )
-    _check_counts(listing, listing.items)
-
-
-def _check_counts(listing: Listing, items: Iterable[Item]) -> None:
-    counts: dict[int, Counter[str]] = defaultdict(Counter)
-    for item in items:
-        counts[item.label][item.split] += 1
-    for label, name in enumerate(listing.classes):
-        train, val = counts[label]["train"], counts[label]["val"]
-        if train + val < 2 or train == 0:
-            what = (
-                "one photo only" if train + val == 1 else f"{train} to train on, {val} to validate"
-            )
-            raise DataError(
-                f"Class {name!r} in {listing.root} has {what}. It needs two readable photos or "
-                "more, one of them to train on. Add photos or move the folder away."
-            )
-    if not any(counts[label]["val"] for label in counts):
-        raise DataError(f"{listing.root} has no validation photos at all.")
-
-
 # --- decoding ---------------------------------------------------------------------------------
 
 
@@ -332,7 +117,7 @@ def load_photos(config: Config, preprocess: Preprocess) -> Photos:
     """
     listing = list_photos(config)
     augmented = to_augment(config.augmentation, preprocess)
-    used = [item for item in listing.items if item.split != "test"]
+    used = listing.used
     cache = Cache(config.cache_dir, config.cache_limit) if config.cache else None
     rejected: dict[str, str] = {}
     hashes = _hash_all(listing.root, used, rejected)
@@ -342,7 +127,7 @@ def load_photos(config: Config, preprocess: Preprocess) -> Photos:
         splits[name] = _Decoder(listing, items, hashes, wanted).split(config, cache, rejected)
     if rejected:
         _report(rejected, config)
-        _check_counts(listing, [item for item in listing.items if item.file not in rejected])
+        check_counts(listing, [item for item in listing.items if item.file not in rejected])
     return Photos(
         listing=listing,
         train=splits["train"],
@@ -379,6 +164,20 @@ def _hash_all(root: Path, items: list[Item], rejected: dict[str, str]) -> dict[s
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(digest, items))
     return {item.file: d for item, d in zip(items, found, strict=True) if d is not None}
+
+
+def find_fingerprint(config: Config) -> str:
+    """The fingerprint of the photos, without decoding any. Raises DataError."""
+    listing = list_photos(config)
+    return _fingerprint(listing, listing.used, _hash_all(listing.root, listing.used, {}))
+
+
+def _fingerprint(listing: Listing, items: list[Item], hashes: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(repr(listing.classes).encode("utf-8", "backslashreplace"))
+    for item in sorted(items, key=lambda item: item.file):
+        line = f"{item.split}\0{item.label}\0{item.file}\0{hashes.get(item.file)}\n"
+        digest.update(line.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 class _Decoder:
@@ -489,11 +288,3 @@ def _report(rejected: Mapping[str, str], config: Config) -> None:
     if config.strict:
         raise DataError(f"{text}\nRepair or remove them, or train without --strict.")
     tqdm.write(f"{text}\nThey are left out (--strict would stop here).")
-
-
-def _fingerprint(listing: Listing, items: list[Item], hashes: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(repr(listing.classes).encode("utf-8", "backslashreplace"))
-    for item in sorted(items, key=lambda item: item.file):
-        line = f"{item.split}\0{item.label}\0{item.file}\0{hashes.get(item.file)}\n"
-        digest.update(line.encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -15,6 +15,8 @@ from trainer.grid import SweepInfo, trunk
 from trainer.model import DEFAULT_ARCH, ModelSpec, build_model
 from trainer.phase import PhaseRun, pretrained_labels
 from trainer.progress import Progress, summary
+from trainer.ranking import count
+from trainer.resume import Resume, find_resume
 from trainer.runlog import Run, check_writable, find_run, read_run
 from trainer.schema import Preprocess
 from trainer.start import (
@@ -90,7 +92,7 @@ def find_parent(config: Config, photos: Photos | None = None) -> tuple[Run | Non
         return parent, config, photos or load_photos(config, preprocess)
     config = sample_arch(config)
     photos = photos or load_photos(config, default_preprocess(config.arch or DEFAULT_ARCH))
-    return newest_parent(config, photos), config, photos
+    return newest_parent(config, photos.fingerprint), config, photos
 
 
 def _from_run(config: Config, parent: Run, photos: Photos) -> Job:
@@ -124,8 +126,10 @@ def _introduce(photos: Photos) -> None:
         print(f"Note: {notice}")
 
 
-def _photos_to_train(job: Job) -> int:
-    return 0 if job.config.phase == "direct" else job.config.epochs * len(job.photos.train)
+def _photos_to_train(job: Job, resume: Resume | None = None) -> int:
+    done = resume.phase_epoch if resume is not None else 0
+    epochs = 0 if job.config.phase == "direct" else job.config.epochs - done
+    return epochs * len(job.photos.train)
 
 
 def _summary(run: PhaseRun, seconds: float) -> str:
@@ -137,31 +141,61 @@ def _summary(run: PhaseRun, seconds: float) -> str:
 # --- many at once -------------------------------------------------------------------------------
 
 
-def fit_together(configs: Sequence[Config], sweep: SweepInfo) -> list[Run]:
+def fit_together(
+    configs: Sequence[Config], sweep: SweepInfo, interrupted: Mapping[int, Run]
+) -> list[Run]:
     """Train the members of a sweep; those that can share their batches train at once.
 
-    Returns their runs in the order of `configs`; a member that failed has the status "failed" and
-    does not stop the others. Raises ThawError for what concerns all.
+    `interrupted` are runs to go on with, by index in `configs`. Returns their runs in the order of
+    `configs`; a member that failed has the status "failed" and does not stop the others. Raises
+    ThawError for what concerns all.
     """
     check_before_work(configs[0])
     jobs = _jobs(configs)
     _introduce(jobs[0].photos)
-    done: dict[int, Run] = {}
+    resumes = [_resume(job, interrupted.get(i)) for i, job in enumerate(jobs)]
     groups = _groups(jobs)
-    with Progress(sum(_photos_to_train(jobs[group[0]]) for group in groups)) as progress:
+    together = [part for group in groups for part in _by_epoch(group, resumes)]
+    photos = sum(_photos_to_train(jobs[part[0]], resumes[part[0]]) for part in together)
+    done: dict[int, Run] = {}
+    with Progress(photos) as progress:
         for number, group in enumerate(groups, start=1):
             if len(groups) > 1:
                 seed = jobs[group[0]].config.seed
                 tqdm.write(f"batches {number} of {len(groups)} (seed {seed}): {len(group)} runs")
-            members = [
-                Member(
-                    jobs[i].config, jobs[i].start, sweep.places[i].group, {"sweep": sweep.entry(i)}
-                )
-                for i in group
-            ]
-            runs = train_together(members, jobs[group[0]].photos, progress)
-            done |= {i: read_run(run.writer.path) for i, run in zip(group, runs, strict=True)}
+            beside = [jobs[i].config for i in group]
+            for part in _by_epoch(group, resumes):
+                _say_where(part, jobs, resumes)
+                members = [
+                    Member(
+                        jobs[i].config,
+                        jobs[i].start,
+                        sweep.places[i].group,
+                        {"sweep": sweep.entry(i)},
+                        resumes[i],
+                    )
+                    for i in part
+                ]
+                runs = train_together(members, jobs[part[0]].photos, progress, beside)
+                done |= {i: read_run(run.writer.path) for i, run in zip(part, runs, strict=True)}
     return [done[i] for i in range(len(configs))]
+
+
+def _by_epoch(group: Sequence[int], resumes: Sequence[Resume | None]) -> list[list[int]]:
+    """The group in parts that were interrupted after the same epoch, or not at all."""
+    parts: dict[int | None, list[int]] = {}
+    for i in group:
+        resume = resumes[i]
+        parts.setdefault(None if resume is None else resume.phase_epoch, []).append(i)
+    return list(parts.values())
+
+
+def _say_where(part: Sequence[int], jobs: Sequence[Job], resumes: Sequence[Resume | None]) -> None:
+    resume, epochs = resumes[part[0]], jobs[part[0]].config.epochs
+    if resume is not None:
+        where = f"after epoch {resume.phase_epoch} of {epochs}"
+        verb = "goes" if len(part) == 1 else "go"
+        tqdm.write(f"{count(len(part), 'run')} {verb} on, interrupted {where}.")
 
 
 def _jobs(configs: Sequence[Config]) -> list[Job]:
@@ -189,6 +223,12 @@ def _beside(first: Job, config: Config) -> Job:
     if config.phase == "transfer":
         config, start = continued(config, start, parent)
     return Job(config, photos, start)
+
+
+def _resume(job: Job, run: Run | None) -> Resume | None:
+    if run is None:
+        return None
+    return find_resume(run, job.config.phase, job.photos.fingerprint, job.start.origin)
 
 
 def _groups(jobs: Sequence[Job]) -> list[list[int]]:

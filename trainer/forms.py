@@ -12,9 +12,9 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -24,19 +24,24 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from trainer.cache import code_digest
+from trainer.config import Precision
 from trainer.prefix import Activations
 from trainer.runlog import write_atomically
 
-FormName = Literal["plain", "folded", "onnxruntime", "compiled"]
+FormName = Literal["plain", "folded", "onnxruntime", "compiled", "bfloat16"]
 Run = Callable[[Tensor], Activations]
 
-# Largest difference from the plain network, as a fraction of its largest activation.
+# Largest difference from the plain network, as a fraction of its largest activation: forms that
+# compute the same but for rounding, and the one that only those get who ask for it.
 TOLERANCE: Final = 1e-3
+_TOLERANCE_BF16: Final = 0.1
 # A form that is not clearly faster is not worth what building it costs in every run.
 _MARGIN: Final = 1.1
 # With fewer forward passes than this ahead, a trial costs more than it can save.
 _WORTH_A_TRIAL: Final = 2500
 _ROUNDS: Final = 3
+# Photos on which a form is compared with the plain network.
+_COMPARED: Final = 8
 
 
 @dataclass(frozen=True)
@@ -62,44 +67,66 @@ class Form:
         return {"form": self.name, "trials": [asdict(trial) for trial in self.trials]}
 
 
-def choose_form(prefix: fx.GraphModule, photos: Tensor, passes: int, memory: Path | None) -> Form:
+def choose_form(
+    prefix: fx.GraphModule,
+    photos: Tensor,
+    passes: int,
+    memory: Path | None,
+    precision: Precision = "fp32",
+) -> Form:
     """The fastest equivalent form of `prefix` on the device of `photos`, a batch [N, 3, H, W] of
     what it will run on.
 
     `passes` photos are going to run through it. `memory` is a file that remembers the outcome, so
-    that the same work always runs in the same form, and gives the same bits.
+    that the same work always runs in the same form, and gives the same bits. With `precision` bf16
+    the form may be one in bfloat16, which is not equivalent.
     """
     plain: Run = prefix.eval()
     if passes < _WORTH_A_TRIAL:
-        trials: tuple[Trial, ...] = ()
-        order: list[FormName] = ["folded"]
-    else:
-        trials = _recall(memory, prefix, photos)
-        if not trials:
-            trials = _try_all(prefix, photos)
-            _remember(memory, prefix, photos, trials)
-        order = _ranked(trials)
-    for name in order:
-        run, trial = _checked(name, prefix, plain, photos)
-        if run is not None:
-            return Form(name, run, trials or (trial,))
-    return Form("plain", plain, trials)
+        run, trial = _checked("folded", prefix, photos)
+        return Form("plain" if run is None else "folded", run or plain, (trial,))
+    names = _candidates(photos, precision)
+    work = _work(names, prefix, photos)
+    if trials := _recall(memory, work):
+        name = _fastest(trials)
+        return Form(name, _Later(lambda: _checked(name, prefix, photos)[0] or plain), trials)
+    built = {name: _checked(name, prefix, photos) for name in names}
+    trials = _timed(built, photos)
+    _remember(memory, work, trials)
+    name = _fastest(trials)
+    return Form(name, plain if name == "plain" else built[name][0] or plain, trials)
 
 
-def _ranked(trials: tuple[Trial, ...]) -> list[FormName]:
-    """Fastest first; of those about as fast, the one that is simpler to build."""
+class _Later:
+    """A form that is built when it is first used: where everything is cached, it never is."""
+
+    def __init__(self, build: Callable[[], Run]) -> None:
+        self._build = build
+        self._run: Run | None = None
+
+    def __call__(self, batch: Tensor) -> Activations:
+        if self._run is None:
+            with torch.inference_mode(False):  # compilers cannot work in it
+                self._run = self._build()
+        return self._run(batch)
+
+
+def _fastest(trials: tuple[Trial, ...]) -> FormName:
+    """Of those about as fast as the fastest, the one that is simplest to build."""
     rates = {trial.form: trial.images_per_second or 0.0 for trial in trials}
     best = max(rates.values(), default=0.0)
-    close = [form for form, rate in rates.items() if rate * _MARGIN >= best > 0]
-    return close + [form for form, rate in rates.items() if form not in close and rate > 0]
+    close = (form for form, rate in rates.items() if rate * _MARGIN >= best > 0)
+    return next(close, "plain")
 
 
-def _try_all(prefix: fx.GraphModule, photos: Tensor) -> tuple[Trial, ...]:
-    names: tuple[FormName, ...] = (
-        ("folded", "compiled") if photos.is_cuda else ("folded", "onnxruntime")
-    )
-    built = {name: _checked(name, prefix, prefix, photos) for name in names}
-    seconds: dict[FormName, list[float]] = {name: [] for name in names}
+def _candidates(photos: Tensor, precision: Precision) -> tuple[FormName, ...]:
+    """The forms to try, simplest first."""
+    second: FormName = "compiled" if photos.is_cuda else "onnxruntime"
+    return ("folded", second, "bfloat16") if precision == "bf16" else ("folded", second)
+
+
+def _timed(built: Mapping[FormName, tuple[Run | None, Trial]], photos: Tensor) -> tuple[Trial, ...]:
+    seconds: dict[FormName, list[float]] = {name: [] for name in built}
     for _ in range(_ROUNDS):  # in turn, so that a noisy moment hits all alike
         for name, (run, _) in built.items():
             if run is not None:
@@ -107,7 +134,7 @@ def _try_all(prefix: fx.GraphModule, photos: Tensor) -> tuple[Trial, ...]:
     return tuple(
         trial
         if run is None
-        else Trial(name, len(photos) / statistics.median(seconds[name]), trial.difference)
+        else replace(trial, images_per_second=len(photos) / statistics.median(seconds[name]))
         for name, (run, trial) in built.items()
     )
 
@@ -121,17 +148,16 @@ def _time(run: Run, photos: Tensor) -> float:
     return time.perf_counter() - started
 
 
-def _checked(
-    name: FormName, prefix: fx.GraphModule, plain: Run, photos: Tensor
-) -> tuple[Run | None, Trial]:
-    """Build a form and compare it with the plain network on these photos."""
+def _checked(name: FormName, prefix: fx.GraphModule, photos: Tensor) -> tuple[Run | None, Trial]:
+    """Build a form and compare it with the plain network on some of these photos."""
+    few = photos[:_COMPARED]
     try:
         run = _BUILD[name](prefix, photos)
         with torch.inference_mode():
-            difference = _difference(plain(photos), run(photos))
+            difference = _difference(prefix(few), run(few))
     except Exception as error:  # a compiler or exporter fails in any way; the others still work
         return None, Trial(name, problem=f"{type(error).__name__}: {error}"[:200])
-    if not difference <= TOLERANCE:
+    if not difference <= (_TOLERANCE_BF16 if name == "bfloat16" else TOLERANCE):
         return None, Trial(name, difference=difference, problem="differs from the plain network")
     return run, Trial(name, difference=difference)
 
@@ -157,6 +183,18 @@ def _folded(prefix: fx.GraphModule, photos: Tensor) -> fx.GraphModule:
 
 def _compiled(prefix: fx.GraphModule, photos: Tensor) -> Run:
     run: Run = torch.compile(_folded(prefix, photos), dynamic=False)
+    return run
+
+
+def _bfloat16(prefix: fx.GraphModule, photos: Tensor) -> Run:
+    """Weights and activations in bfloat16, what crosses the cut in float32."""
+    half: Run = _folded(prefix, photos).to(torch.bfloat16)
+    if photos.is_cuda:
+        half = torch.compile(half, dynamic=False)
+
+    def run(batch: Tensor) -> Activations:
+        return tuple(value.float() for value in half(batch.to(torch.bfloat16)))
+
     return run
 
 
@@ -202,26 +240,25 @@ _BUILD: Final[dict[FormName, Callable[[fx.GraphModule, Tensor], Run]]] = {
     "folded": _folded,
     "compiled": _compiled,
     "onnxruntime": _onnxruntime,
+    "bfloat16": _bfloat16,
 }
 
 
 # --- remembering --------------------------------------------------------------------------------
 
 
-def _recall(memory: Path | None, prefix: fx.GraphModule, photos: Tensor) -> tuple[Trial, ...]:
-    found = _read(memory).get(_work(prefix, photos), ())
+def _recall(memory: Path | None, work: str) -> tuple[Trial, ...]:
+    found = _read(memory).get(work, ())
     try:
         return tuple(Trial(**trial) for trial in found)
     except TypeError:
         return ()
 
 
-def _remember(
-    memory: Path | None, prefix: fx.GraphModule, photos: Tensor, trials: tuple[Trial, ...]
-) -> None:
+def _remember(memory: Path | None, work: str, trials: tuple[Trial, ...]) -> None:
     if memory is None:
         return
-    known = _read(memory) | {_work(prefix, photos): [asdict(trial) for trial in trials]}
+    known = _read(memory) | {work: [asdict(trial) for trial in trials]}
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(memory, json.dumps(known, indent=1).encode())
@@ -237,11 +274,11 @@ def _read(memory: Path | None) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _work(prefix: fx.GraphModule, photos: Tensor) -> str:
+def _work(names: tuple[FormName, ...], prefix: fx.GraphModule, photos: Tensor) -> str:
     """What was tried: the same machine, program and shapes are expected to behave alike."""
     from trainer.environment import describe
 
     environment = describe(photos.device)
     parts = [environment[k] for k in ("versions", "device", "cpu", "threads")]
-    text = json.dumps([code_digest(), *parts, list(photos.shape), prefix.code, repr(prefix)])
+    text = json.dumps([names, code_digest(), *parts, list(photos.shape), prefix.code, repr(prefix)])
     return hashlib.sha256(text.encode()).hexdigest()

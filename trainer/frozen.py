@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from trainer.augment import augment
 from trainer.cache import Cache, Key, say
-from trainer.config import Augmentation
+from trainer.config import Augmentation, Precision
 from trainer.data import Split
 from trainer.environment import describe
 from trainer.forms import Form, Trial, choose_form
@@ -82,7 +82,7 @@ class Engine:
 @dataclass(frozen=True)
 class Work:
     """What an engine is prepared for. `passes` is the number of photos that will go through it,
-    `sample` some of them, uint8 [n, S, S, 3]."""
+    `sample` some of them, uint8 [n, S, S, 3]; see `choose_form` for `precision`."""
 
     preprocess: Preprocess
     device: torch.device
@@ -90,6 +90,7 @@ class Work:
     seed: int
     views: int | None
     passes: int
+    precision: Precision
     sample: torch.Tensor = field(repr=False)
 
 
@@ -99,11 +100,11 @@ def prepare(
     cuts: Sequence[Cut | None],
     origin: dict[str, Any],
     cache: Cache | None,
-    memory: Path,
+    memory: Path | None,
 ) -> Engine:
     """Build the engine for tails that start at `cuts` (None: at the photos).
 
-    `origin` says what network it is; `memory` is the file that remembers trials.
+    `origin` says what network it is; `memory` is the file that remembers trials, if any.
     """
     normalize = InputNormalize(work.preprocess).to(work.device)
     places = in_order(cuts) if trace is not None else []
@@ -122,7 +123,7 @@ def prepare(
     prefix = trace.part(None, places[0])
     crop = work.preprocess.crop
     photos = normalize(work.sample[:, :crop, :crop].to(work.device))
-    form = choose_form(prefix, photos, work.passes, memory)
+    form = choose_form(prefix, photos, work.passes, memory, work.precision)
     later = [Stage(b, trace.part(a, b).eval()) for a, b in pairwise(places)]
     identity = origin | _identity(prefix, places[0], form, work)
     return engine((Stage(places[0], form.run), *later), form, identity)

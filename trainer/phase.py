@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from trainer.environment import peak_memory_bytes
 from trainer.loop import Evaluation, TrainingResult, diverged
 from trainer.model import head_name, set_train_mode, trainable_modules, trainable_parameters
 from trainer.prefix import Cut, Trace
+from trainer.resume import Resume
 from trainer.runlog import RunWriter, write_atomically
 from trainer.schedule import learning_rate
 from trainer.schema import EpochRecord, PhaseRecord, Status, ThawError
@@ -97,10 +98,20 @@ class Part:
         return twin
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What changes in training, as it was after an epoch."""
+
+    record: EpochRecord
+    changed: dict[str, Tensor]
+    optimizer: dict[str, Any] | None
+
+
 class PhaseRun:
     """One phase in one run folder: records what is measured, keeps the best.
 
-    The epochs themselves are driven from outside (fit.py), for one or for many at a time.
+    The epochs themselves are driven from outside (together.py), for one or for many at a time.
+    `resume` is a run that was interrupted, with its last checkpoint, to go on with.
     """
 
     def __init__(
@@ -111,6 +122,7 @@ class PhaseRun:
         part: Part,
         val: Split,
         device: torch.device,
+        resume: Resume | None = None,
     ) -> None:
         self.config, self.start, self.writer = config, start, writer
         self._val, self._device = val, device
@@ -123,13 +135,38 @@ class PhaseRun:
         self.last: EpochRecord | None = None
         self.status: Status = "running"
         self.error: ThawError | None = None
-        self._unsaved: dict[str, tuple[EpochRecord, dict[str, Tensor]]] = {}
+        self._unsaved: dict[str, _Kept] = {}
         self._after: Evaluation | None = None
         self._saved = -math.inf
-        self._board = TensorBoardLog(writer.path)
-        writer.start_phase(
-            PhaseRecord(config.phase, start.first_epoch, None, part.unfrozen, part.params)
+        self._board = TensorBoardLog(
+            writer.path, None if resume is None else resume.checkpoint.epoch + 1
         )
+        if resume is not None:
+            self._go_on(resume)
+        else:
+            writer.start_phase(
+                PhaseRecord(config.phase, start.first_epoch, None, part.unfrozen, part.params)
+            )
+
+    def _go_on(self, resume: Resume) -> None:
+        self.boundary, *trained = resume.records
+        self.last = resume.records[-1]
+        self.best = max(trained, key=lambda record: record.rank, default=None)
+        self._saved = time.monotonic()
+        with torch.no_grad():
+            for name, value in self._changing():
+                value.copy_(resume.checkpoint.state_dict[name])
+        if resume.checkpoint.optimizer is not None:
+            self.optimizer = self._new_optimizer()
+            self.optimizer.load_state_dict(resume.checkpoint.optimizer)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.tail, self.config.optimizer, self.config.learning_rate)
+
+    @property
+    def phase_epoch(self) -> int | None:
+        """The last epoch that was recorded, counted in this phase; None: not even epoch 0."""
+        return self.last.phase_epoch if self.last is not None else None
 
     def begin(self, evaluation: Evaluation, seconds: float) -> EpochRecord:
         """Epoch 0: what was there before any step."""
@@ -145,8 +182,7 @@ class PhaseRun:
 
     def start_epoch(self, phase_epoch: int) -> None:
         if phase_epoch == 1:
-            config = self.config
-            self.optimizer = make_optimizer(self.tail, config.optimizer, config.learning_rate)
+            self.optimizer = self._new_optimizer()
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(phase_epoch)
 
@@ -198,13 +234,14 @@ class PhaseRun:
 
     def save(self) -> None:
         """Write the checkpoints and predictions that are newer than those on disk."""
-        for kind, (record, changed) in self._unsaved.items():
-            path = self.writer.checkpoint(f"{self.config.phase}-{kind}")
-            save_checkpoint(path, self._checkpoint(record, changed))
-        self._unsaved.clear()
         if self._after is not None:
             self._save_predictions("after", self._after)
             self._after = None
+        for kind in ("best", "last"):  # a run goes on from the last: it is never ahead of the best
+            if (kept := self._unsaved.get(kind)) is not None:
+                path = self.writer.checkpoint(f"{self.config.phase}-{kind}")
+                save_checkpoint(path, self._checkpoint(kept))
+                del self._unsaved[kind]
         self._saved = time.monotonic()
 
     def _rate(self, phase_epoch: int) -> float:
@@ -256,16 +293,25 @@ class PhaseRun:
 
     def _keep(self, kind: str, record: EpochRecord) -> None:
         """Remember the network as it is now; written to disk from time to time."""
-        self._unsaved[kind] = record, {name: value.clone() for name, value in self._changing()}
+        changed = {name: value.clone() for name, value in self._changing()}
+        stepped = kind == "last" and record.phase_epoch > 0
+        optimizer = copy.deepcopy(self.optimizer.state_dict()) if stepped else None
+        self._unsaved[kind] = _Kept(record, changed, optimizer)
 
-    def _checkpoint(self, record: EpochRecord, changed: dict[str, Tensor]) -> Checkpoint:
-        start = self.start
+    def _checkpoint(self, kept: _Kept) -> Checkpoint:
+        start, record = self.start, kept.record
         state = {
             name: value.detach().cpu().contiguous()
-            for name, value in (start.network.state_dict() | changed).items()
+            for name, value in (start.network.state_dict() | kept.changed).items()
         }
         return Checkpoint(
-            start.spec, start.classes, start.preprocess, record.phase, record.epoch, state
+            start.spec,
+            start.classes,
+            start.preprocess,
+            record.phase,
+            record.epoch,
+            state,
+            optimizer=kept.optimizer,
         )
 
     def _changing(self) -> Iterator[tuple[str, Tensor]]:

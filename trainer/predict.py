@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from trainer.config import Augmentation, Config
-from trainer.data import Listing, PhotoRows, Split, list_photos, to_augment
+from trainer.data import PhotoRows, Split, to_augment
 from trainer.environment import choose_device
 from trainer.frozen import Batch, Engine, Source, Work, prepare
 from trainer.grid import Plan, batches_of, trunk
+from trainer.listing import Listing, list_photos
 from trainer.loop import evaluate, train_epoch
 from trainer.model import DEFAULT_ARCH, ModelSpec, build_model
 from trainer.phase import Part, make_optimizer
@@ -268,7 +269,7 @@ class _Bench:
         return _Learner(tail, part.cut, part.training, optimizer, part.linear)
 
     def _stages(self) -> dict[Cut, float]:
-        """The frozen part from the normalised photos up to each cut, BatchNorm folded."""
+        """The frozen part from the normalised photos up to each cut, in its fastest form."""
         source, total = self._source, 0.0
         before: Cut | None = None
         reach = {}
@@ -299,10 +300,11 @@ class _Bench:
             augmentation=augmentation,
             seed=scene.config.seed,
             views=None,
-            passes=0,  # no trial of forms
+            passes=scene.count("train") * scene.config.epochs,
+            precision=scene.config.precision,
             sample=torch.from_numpy(photos[:_COMPARED]),
         )
-        engine = prepare(work, self._trace, cuts, {}, None, Path(os.devnull))
+        engine = prepare(work, self._trace, cuts, {}, None, None)
         return _OneBatch(engine, _split(photos))
 
     def _seconds(self, run: Callable[[], object], photos: int) -> float:

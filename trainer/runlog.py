@@ -7,6 +7,7 @@ unknown event or a newer schema never raises out of `list_runs`.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import IO, Any, Final, Literal
 
 from trainer.schema import (
     CHECKPOINTS,
@@ -68,8 +69,11 @@ class RunWriter:
     def __init__(self, path: Path, info: dict[str, Any]) -> None:
         self.path = path
         self.info = info
-        self._save()
         self._metrics = (path / METRICS_JSONL).open("a", encoding="utf-8")
+        if not _lock(self._metrics, fcntl.LOCK_EX):
+            self._metrics.close()
+            raise RunError(f"Run {path.name} is being written by another process.")
+        self._save()
 
     @property
     def run_id(self) -> str:
@@ -88,13 +92,23 @@ class RunWriter:
         head = {
             "schema_version": SCHEMA_VERSION,
             "run_id": path.name,
-            "status": "running",
-            "pid": os.getpid(),
+            **_running(),
             "started": time.time(),
-            "ended": None,
             "phases": [],
         }
         return cls(path, head | dict(info))
+
+    @classmethod
+    def reopen(cls, run: Run, last_epoch: int) -> RunWriter:
+        """Go on with a run after its epoch `last_epoch`; what it logged after that is dropped.
+
+        Raises RunError while another process writes it.
+        """
+        writer = cls(run.path, {**run.info, **_running()})
+        log = run.path / METRICS_JSONL
+        os.truncate(log, _end_of_epoch(log.read_bytes(), last_epoch))
+        writer.note(f"Resumed after epoch {last_epoch}.")
+        return writer
 
     def checkpoint(self, name: str) -> Path:
         """`name` is `<phase>-best` or `<phase>-last`."""
@@ -144,6 +158,48 @@ class RunWriter:
     def _save(self) -> None:
         text = json.dumps(self.info, indent=2, allow_nan=False)
         write_atomically(self.path / RUN_JSON, text.encode())
+
+
+def _running() -> dict[str, Any]:
+    return {"status": "running", "pid": os.getpid(), "ended": None}
+
+
+def _lock(file: IO[str], kind: int) -> bool:
+    """Whether nobody else holds a lock against it. A lock ends with its process, however that
+    ends; on a file system without locks nobody ever holds one."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def is_being_written(run: Run) -> bool:
+    """Whether a process writes the run now, whatever its status says: one that was killed leaves
+    the status "running" behind."""
+    try:
+        with (run.path / METRICS_JSONL).open(encoding="utf-8") as file:
+            return not _lock(file, fcntl.LOCK_SH)
+    except OSError:
+        return False
+
+
+def _end_of_epoch(content: bytes, epoch: int) -> int:
+    """The offset behind the line of an epoch in a log."""
+    end, offset = 0, 0
+    for line in content.splitlines(keepends=True):
+        offset += len(line)
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and event.get("event") == "epoch":
+            if event.get("epoch", epoch) > epoch:
+                break
+            end = offset
+    return end
 
 
 def check_writable(runs_dir: Path) -> None:

@@ -170,15 +170,15 @@ def _field_default(name: str) -> Any:
     return Config.__dataclass_fields__[name].default
 
 
-def newest_parent(config: Config, photos: Photos) -> Run | None:
-    """The newest finished transfer run of the same data, split and architecture.
+def newest_parent(config: Config, fingerprint: str) -> Run | None:
+    """The newest finished transfer run of the photos with this fingerprint and the architecture.
 
     Head, pooling and weights count only where they were asked for.
     """
     candidates = [
         run
         for run in _finished_transfers(config)
-        if run.info.get("dataset", {}).get("fingerprint") == photos.fingerprint
+        if run.info.get("dataset", {}).get("fingerprint") == fingerprint
     ]
     for run in candidates:
         if _is_as_asked(config, run):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from trainer.allocator import keep_freed_memory
 from trainer.cache import format_size
 from trainer.cli import guarded, inert
 from trainer.config import Augmentation, Config
+from trainer.data import find_fingerprint
 from trainer.grid import Place, Plan, Request, SweepInfo, plan, swept, trunk, word
 from trainer.ranking import count, ranking, table
 from trainer.recipe import parse
@@ -32,10 +32,12 @@ def _fit(config: Config) -> Run:
     return fit(config)
 
 
-def _fit_together(configs: Sequence[Config], sweep: SweepInfo) -> list[Run]:
+def _fit_together(
+    configs: Sequence[Config], sweep: SweepInfo, interrupted: Mapping[int, Run]
+) -> list[Run]:
     from trainer.fit import fit_together
 
-    return fit_together(configs, sweep)
+    return fit_together(configs, sweep, interrupted)
 
 
 def _predict(members: Plan) -> Prediction:
@@ -48,11 +50,14 @@ def _predict(members: Plan) -> Prediction:
 class Engine:
     """What trains and what predicts; both import torch, so they are imported when called.
 
-    `fit_together` returns one Run for each config, in their order, also for those that failed.
+    `fit_together` returns one Run for each config, in their order, also for those that failed; the
+    runs that it is given, by index, were interrupted: it goes on with them where it can.
     """
 
     fit: Callable[[Config], Run] = _fit
-    fit_together: Callable[[Sequence[Config], SweepInfo], list[Run]] = _fit_together
+    fit_together: Callable[[Sequence[Config], SweepInfo, Mapping[int, Run]], list[Run]] = (
+        _fit_together
+    )
     predict: Callable[[Plan], Prediction] = _predict
 
 
@@ -78,22 +83,25 @@ def _sweep(request: Request, engine: Engine) -> int:
     keep_freed_memory()
     whole = plan(request, _parent(request, engine))
     print(f"Sweep {inert(whole.name)}: {_extent(whole)}")
-    done = {} if request.again else finished(whole)
+    known = {} if request.again else earlier(whole)
+    done = {index: run for index, run in known.items() if run.status == "done"}
     if done:
         print(_already(whole, done))
-    runs = done | _train(whole, done, engine)
+    runs = done | _train(whole, known, engine)
     print(ranking(whole, runs))
     return _status(runs.values())
 
 
-def _train(whole: Plan, done: Mapping[int, Run], engine: Engine) -> dict[int, Run]:
+def _train(whole: Plan, known: Mapping[int, Run], engine: Engine) -> dict[int, Run]:
     """Train the members that are not done; returns their runs by index in the plan."""
-    rest = [index for index in range(len(whole.members)) if index not in done]
+    indices = range(len(whole.members))
+    rest = [index for index in indices if index not in known or known[index].status != "done"]
     if not rest:
         return {}
     part = whole.only(rest)
+    interrupted = {i: known[index] for i, index in enumerate(rest) if index in known}
     try:
-        runs = engine.fit_together(part.configs, part.info)
+        runs = engine.fit_together(part.configs, part.info, interrupted)
     except (KeyboardInterrupt, SystemExit):
         print("The same command goes on where this sweep was interrupted.")
         raise
@@ -140,28 +148,33 @@ def find_parent(config: Config) -> Run | None:
         return parent
     if not any(run.phase == "transfer" and run.status == "done" for run in _runs(config)):
         return None  # known without opening a photo
-    from trainer import fit
+    from trainer.start import newest_parent, sample_arch
 
-    return fit.find_parent(config)[0]
+    return newest_parent(sample_arch(config), find_fingerprint(config))
 
 
 def _runs(config: Config) -> list[Run]:
     return list_runs(config.runs_dir)
 
 
-def finished(whole: Plan) -> dict[int, Run]:
-    """The newest run of each member that is done already, by the member's index in the plan.
+def earlier(whole: Plan) -> dict[int, Run]:
+    """The newest run of each member that is done already or was interrupted, by the member's
+    index in the plan; one that is done comes first.
 
     In whichever sweep it was trained: more seeds or rates do not begin anew.
     """
     index_of = {place.key: index for index, place in enumerate(whole.info.places)}
-    done = {}
+    known: dict[int, Run] = {}
     for run in _runs(whole.configs[0]):
         entry = run.info.get("sweep")
         key = entry.get("key") if isinstance(entry, dict) else None
-        if isinstance(key, str) and key in index_of and run.status == "done":
-            done[index_of[key]] = run
-    return done
+        index = index_of.get(key) if isinstance(key, str) else None
+        # "running" is also what a run says that was killed.
+        if index is None or run.status not in ("done", "interrupted", "running"):
+            continue
+        if run.status == "done" or index not in known or known[index].status != "done":
+            known[index] = run
+    return known
 
 
 # --- before training --------------------------------------------------------------------------
@@ -170,14 +183,14 @@ def finished(whole: Plan) -> dict[int, Run]:
 def _dry_run(request: Request, engine: Engine) -> int:
     keep_freed_memory()  # as in training, which it predicts
     first = request.members[0]
-    # Looking for a parent decodes the photos, and nothing of them may be left behind.
-    parent = _known_parent(dataclasses.replace(first, cache=False))
+    parent = _known_parent(first)
     whole = plan(request, parent)
     print(f"Sweep: {_extent(whole)}")
     print(grid_table(whole))
     if first.phase == "finetune" and parent is None:
         print("There is no finished transfer run to start from: one is trained first.")
-    done = {} if request.again else finished(whole)
+    known = {} if request.again else earlier(whole)
+    done = {index: run for index, run in known.items() if run.status == "done"}
     if done:
         print(_already(whole, done))
     rest = [index for index in range(len(whole.members)) if index not in done]

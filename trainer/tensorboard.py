@@ -22,10 +22,13 @@ _TAGS = {
 
 
 class TensorBoardLog:
-    """Mirrors epoch records into `events.out.tfevents.*` in the run folder."""
+    """Mirrors epoch records into `events.out.tfevents.*` in the run folder.
 
-    def __init__(self, path: Path) -> None:
-        self._writer = SummaryWriter(str(path))
+    What is there of epochs from `purge_from` on no longer counts.
+    """
+
+    def __init__(self, path: Path, purge_from: int | None = None) -> None:
+        self._writer = SummaryWriter(str(path), purge_step=purge_from)
 
     def epoch(self, record: EpochRecord) -> None:
         for tag, name in _TAGS.items():

@@ -21,6 +21,7 @@ from trainer.model import freeze, unfreeze, unfreeze_everything, unfreeze_head
 from trainer.phase import Part, PhaseRun
 from trainer.prefix import Trace, trace
 from trainer.progress import Progress
+from trainer.resume import Resume
 from trainer.runlog import RunWriter
 from trainer.schema import Status, ThawError
 from trainer.start import Start
@@ -31,29 +32,38 @@ _LONG_MINUTES: Final = 10
 
 @dataclass(frozen=True)
 class Member:
-    """One run to train. `label` is its name in what is printed, `extra` goes into its run.json."""
+    """One run to train. `label` is its name in what is printed, `extra` goes into its run.json.
+
+    `resume` is the interrupted run to go on with; all members that train together have one that
+    ended after the same epoch, or none.
+    """
 
     config: Config
     start: Start
     label: str
     extra: dict[str, Any] = field(default_factory=dict)
+    resume: Resume | None = None
 
 
-def train_together(members: Sequence[Member], photos: Photos, progress: Progress) -> list[PhaseRun]:
+def train_together(
+    members: Sequence[Member], photos: Photos, progress: Progress, beside: Sequence[Config] = ()
+) -> list[PhaseRun]:
     """Train members that start from the same network and see the same batches.
 
     They share photos, seed, batch size, augmentation, epochs and device. A member whose loss
     diverges, or whose folder cannot be written, ends as failed; the others go on. Whatever else
     stops them is raised, after each has kept its checkpoints and said in its log how it ended.
+    `beside` are all that these members began beside: what is frozen is cached and computed in the
+    same stretches as then, and rounded alike.
     """
     config, start = members[0].config, members[0].start
     device = choose_device(config.device)
     start.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     traced = _trace(config, start, device)
-    parts = _parts([member.config for member in members], start.network, traced)
+    parts = _parts([*(m.config for m in members), *beside], start.network, traced)
     runs: list[PhaseRun] = []
     try:
-        for member, part in zip(members, parts, strict=True):
+        for member, part in zip(members, parts, strict=False):
             runs.append(_open_run(member, part, photos, device))
         engine = _engine(config, start, photos, device, traced, parts)
         for run in runs:
@@ -102,7 +112,11 @@ def part_of(config: Config, network: nn.Module, traced: Trace | None) -> Part:
 
 
 def _open_run(member: Member, part: Part, photos: Photos, device: torch.device) -> PhaseRun:
-    config, start = member.config, member.start
+    config, start, resume = member.config, member.start, member.resume
+    if resume is not None:
+        writer = RunWriter.reopen(resume.run, resume.checkpoint.epoch)
+        writer.update(environment=describe(device))
+        return PhaseRun(config, start, writer, part, photos.val, device, resume)
     writer = RunWriter.create(config.runs_dir, config.run_name or _name(config), {})
     writer.update(
         recipe=None,
@@ -142,6 +156,7 @@ def _engine(
         seed=config.seed,
         views=config.distinct_views,
         passes=len(photos.train) * repeated + len(photos.val),
+        precision=config.precision,
         sample=torch.from_numpy(photos.train.photos[few]),
     )
     return prepare(
@@ -209,9 +224,13 @@ class _Drive:
         self._config, self._first = runs[0].config, runs[0].start.first_epoch
 
     def all_epochs(self) -> None:
-        self._before()
+        started = time.perf_counter()
+        self._fill()
+        done = self._runs[0].phase_epoch
+        if done is None:
+            self._before(started)
         if self._config.phase != "direct":
-            for phase_epoch in range(1, self._config.epochs + 1):
+            for phase_epoch in range((done or 0) + 1, self._config.epochs + 1):
                 if self._active:
                     self._epoch(phase_epoch)
         for run in self._active:
@@ -221,14 +240,15 @@ class _Drive:
     def _active(self) -> list[PhaseRun]:
         return [run for run in self._runs if run.status == "running"]
 
-    def _before(self) -> None:
-        started = time.perf_counter()
-        size = self._config.batch_size
+    def _fill(self) -> None:
+        """Compute at once what every epoch needs."""
         for source in (self._val, self._train):
             if not source.augmented and self._config.phase != "direct":
                 source.open()
-                source.fill(size)
-        evaluations = evaluate(self._runs, self._val, size)
+                source.fill(self._config.batch_size)
+
+    def _before(self, started: float) -> None:
+        evaluations = evaluate(self._runs, self._val, self._config.batch_size)
         # Each run bears its share of what was done for all.
         seconds = (time.perf_counter() - started) / len(self._runs)
         for run, evaluation in zip(self._runs, evaluations, strict=True):

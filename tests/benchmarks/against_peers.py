@@ -51,7 +51,7 @@ from tests.benchmarks.peers.job import (
     Job,
 )
 from trainer.config import Config
-from trainer.data import Item, list_photos
+from trainer.listing import Item, list_photos
 from trainer.runlog import Run, list_runs
 
 _ROOT: Final = Path(__file__).resolve().parents[2]
@@ -334,7 +334,8 @@ def race(
 def _settings_for(peer: str, job: Job, arguments: argparse.Namespace) -> Result:
     if arguments.settings is None:
         return choose_settings(arguments.peers_python, peer, job)
-    return {} if peer in _SETTLED else arguments.settings
+    known = arguments.settings
+    return {} if peer in _SETTLED else known.get(peer, known.get("", {}))
 
 
 def heads(job: Job, arguments: argparse.Namespace) -> Measurements:
@@ -428,7 +429,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", type=float, default=1, help="part of the epochs and photos")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--settings", type=_parse_settings, metavar="WORKERS,NCHW|NHWC", help="instead of trials"
+        "--settings",
+        type=_parse_settings,
+        metavar="[PEER=]WORKERS,NCHW|NHWC",
+        help="instead of trials; several with spaces between them, one without PEER for the others",
     )
     parser.add_argument(
         "--thaw", type=shlex.split, default=[], metavar="FLAGS", help="more flags for Thaw"
@@ -437,11 +441,16 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse_settings(text: str) -> Result:
-    workers, _, layout = text.partition(",")
-    if layout not in ("NCHW", "NHWC"):
-        raise argparse.ArgumentTypeError(f"{text}: must be such as 1,NHWC")
-    return {"workers": int(workers), "channels_last": layout == "NHWC"}
+def _parse_settings(text: str) -> dict[str, Result]:
+    """By peer; "" for all others."""
+    found = {}
+    for one in text.split():
+        peer, _, setting = one.rpartition("=")
+        workers, _, layout = setting.partition(",")
+        if layout not in ("NCHW", "NHWC"):
+            raise argparse.ArgumentTypeError(f"{one}: must be such as 1,NHWC or plain=1,NHWC")
+        found[peer] = {"workers": int(workers), "channels_last": layout == "NHWC"}
+    return found
 
 
 def chosen_peers(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[str]:

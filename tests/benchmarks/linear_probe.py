@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
 from trainer.config import Config
-from trainer.data import Item, list_photos
+from trainer.listing import Item, list_photos
 from trainer.runlog import Run, find_run
 
 

@@ -79,7 +79,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
         job = make_job(arguments, Case(1, 20, augment=True), Path(folder))
-        job = dataclasses.replace(job, **arguments.settings)
+        job = dataclasses.replace(job, **arguments.settings[""])
         photos = len(job.photos("train"))
         for _ in range(arguments.rounds):
             measured = {
