@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from trainer.augment import view_generator
 from trainer.frozen import Batch, Source
+from trainer.graphs import TrainingForward
 from trainer.prefix import Cut
 from trainer.schema import ThawError
 
@@ -46,12 +47,14 @@ class TrainingResult:
 class Learner(Protocol):
     """What an epoch needs to know of a network that trains.
 
-    `tail` maps what crosses over at `cut` (None: normalised photos) to logits [n, classes].
+    `tail` maps what crosses over at `cut` (None: normalised photos) to logits [n, classes], and so
+    does `forward`, in training only.
     `training` names its modules that are in training mode while it trains. `linear` says that all
     of it trains and that it is small: several of them are then computed as one product.
     """
 
     tail: nn.Module
+    forward: TrainingForward
     cut: Cut | None
     training: frozenset[str]
     optimizer: torch.optim.Optimizer
@@ -190,10 +193,13 @@ def _step(learners: list[Learner], batch: Batch, draws: int) -> list[tuple[float
 
     One whose loss is not finite takes none.
     """
-    torch.manual_seed(draws)
     inputs, labels = batch.at(learners[0].cut), batch.labels
-    if len(learners) == 1:
-        logits = learners[0].tail(*inputs)[None]
+    alone = learners[0] if len(learners) == 1 else None
+    if alone is not None and alone.cut is not None:
+        alone.forward.prepare(inputs)
+    torch.manual_seed(draws)
+    if alone is not None:
+        logits = alone.forward(*inputs)[None]
     else:
         logits = _stacked([learner.tail for learner in learners], inputs)
     losses = torch.stack([functional.cross_entropy(one, labels) for one in logits])

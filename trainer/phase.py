@@ -20,6 +20,7 @@ from trainer.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from trainer.config import Config, OptimizerName
 from trainer.data import Photos, Split
 from trainer.environment import peak_memory_bytes
+from trainer.graphs import TrainingForward
 from trainer.loop import Evaluation, TrainingResult, diverged
 from trainer.model import head_name, set_train_mode, trainable_modules, trainable_parameters
 from trainer.prefix import Cut, Trace
@@ -127,6 +128,7 @@ class PhaseRun:
         self.config, self.start, self.writer = config, start, writer
         self._val, self._device = val, device
         self.tail, self.cut = part.copy(), part.cut
+        self.forward = TrainingForward(self.tail)
         self.training, self.linear = part.training, part.linear
         self.part = part
         self.optimizer: torch.optim.Optimizer

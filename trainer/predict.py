@@ -20,6 +20,7 @@ from trainer.config import Augmentation, Config
 from trainer.data import PhotoRows, Split, to_augment
 from trainer.environment import choose_device
 from trainer.frozen import Batch, Engine, Source, Work, prepare
+from trainer.graphs import TrainingForward
 from trainer.grid import Plan, batches_of, trunk
 from trainer.listing import Listing, list_photos
 from trainer.loop import evaluate, train_epoch
@@ -266,7 +267,8 @@ class _Bench:
         part = self.part(member)
         tail = part.copy()
         optimizer = make_optimizer(tail, member.optimizer, _NO_RATE)
-        return _Learner(tail, part.cut, part.training, optimizer, part.linear)
+        forward = TrainingForward(tail)
+        return _Learner(tail, forward, part.cut, part.training, optimizer, part.linear)
 
     def _stages(self) -> dict[Cut, float]:
         """The frozen part from the normalised photos up to each cut, in its fastest form."""
@@ -346,6 +348,7 @@ class _Learner:
     """See `trainer.loop.Learner`."""
 
     tail: nn.Module
+    forward: TrainingForward
     cut: Cut | None
     training: frozenset[str]
     optimizer: torch.optim.Optimizer
