@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.allocator import keep_freed_memory
 from trainer.cli import guarded, inert
+from trainer.process import prepare_process
 from trainer.runlog import find_run
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(args: argparse.Namespace) -> int:
-    keep_freed_memory()
+    prepare_process()
     # Inside, so that --help and a mistyped flag do not wait seconds for torch.
     from export.to_onnx import export_run
 

@@ -7,7 +7,6 @@ for result in classifier.classify([Path("a.jpg"), uploaded_file, pil_image]):
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from PIL import Image
 from export.metadata import INPUT, OUTPUTS, ModelFileError, ModelMetadata
 from export.session import Device, Session, open_session
 from trainer.preprocess import Photo, PhotoError, load_photo, to_array, upright_rgb
+from trainer.process import usable_cores
 from trainer.schema import Preprocess, ThawError
 
 # An image that is open already is taken as it is. A large JPEG is decoded at reduced size where its
@@ -102,7 +102,7 @@ class Classifier:
 
         At most 3 batches are in memory. Raises InferenceError when the model itself fails.
         """
-        pool = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1), "decode")
+        pool = ThreadPoolExecutor(min(8, usable_cores() + 1), "decode")
         try:
             pending: deque[Future[Decoded]] = deque()
             for item in enumerate(images):

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn, get_args
 
-from trainer.allocator import keep_freed_memory, restart_with_huge_pages
 from trainer.cache import parse_size
 from trainer.cli import guarded
 from trainer.config import (
@@ -22,6 +21,7 @@ from trainer.config import (
     Schedule,
     default_cache_dir,
 )
+from trainer.process import prepare_process, restart_with_huge_pages
 from trainer.schema import PHASES
 
 _EPILOG: Final = """\
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(config: Config) -> int:
-    keep_freed_memory()
+    prepare_process()
     from trainer.fit import fit  # imports torch: --help and wrong flags need not wait for it
 
     run = fit(config)

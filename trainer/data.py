@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from trainer.cli import inert
 from trainer.config import Augmentation, Config
 from trainer.listing import DataError, Item, Listing, check_counts, list_photos
 from trainer.preprocess import Photo, PhotoError, load_photo
+from trainer.process import usable_cores
 from trainer.rows import Header, Layout, RowFile, Rows
 from trainer.schema import Preprocess
 
@@ -161,7 +161,7 @@ def _hash_all(root: Path, items: list[Item], rejected: dict[str, str]) -> dict[s
             rejected[item.file] = str(error.strerror)
             return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         found = list(pool.map(digest, items))
     return {item.file: d for item, d in zip(items, found, strict=True) if d is not None}
 
@@ -254,7 +254,7 @@ class _Decoder:
 
         with (
             tqdm(total=len(missing), desc="Reading photos", unit="img", disable=None) as progress,
-            ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow decodes outside the GIL
+            ThreadPoolExecutor(usable_cores()) as pool,  # Pillow decodes outside the GIL
         ):
             list(pool.map(decode, missing.tolist()))
         return reasons

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -28,6 +27,7 @@ from trainer.model import DEFAULT_ARCH, ModelSpec, build_model
 from trainer.phase import Part, make_optimizer
 from trainer.prefix import Cut, in_order, trace
 from trainer.preprocess import Photo, PhotoError, load_photo
+from trainer.process import usable_cores
 from trainer.rows import Header, Layout, RowFile, Rows
 from trainer.runlog import find_run
 from trainer.schema import Preprocess
@@ -370,7 +370,7 @@ def _decode_some(listing: Listing, preprocess: Preprocess) -> Photo:
         except PhotoError:
             return np.full((preprocess.crop, preprocess.crop, 3), 128, np.uint8)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         return np.stack(list(pool.map(decode, files)))
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from trainer.__main__ import terminate
-from trainer.allocator import keep_freed_memory
 from trainer.cache import format_size
 from trainer.cli import guarded, inert
 from trainer.config import Augmentation, Config
 from trainer.data import find_fingerprint
 from trainer.grid import Place, Plan, Request, SweepInfo, plan, swept, trunk, word
+from trainer.process import prepare_process
 from trainer.ranking import count, ranking, table
 from trainer.recipe import parse
 from trainer.runlog import Run, check_writable, find_run, list_runs
@@ -80,7 +80,7 @@ def _run(request: Request, engine: Engine) -> int:
 
 def _sweep(request: Request, engine: Engine) -> int:
     check_writable(request.members[0].runs_dir)
-    keep_freed_memory()
+    prepare_process()
     whole = plan(request, _parent(request, engine))
     print(f"Sweep {inert(whole.name)}: {_extent(whole)}")
     known = {} if request.again else earlier(whole)
@@ -181,7 +181,7 @@ def earlier(whole: Plan) -> dict[int, Run]:
 
 
 def _dry_run(request: Request, engine: Engine) -> int:
-    keep_freed_memory()  # as in training, which it predicts
+    prepare_process()  # as in training, which it predicts
     first = request.members[0]
     parent = _known_parent(first)
     whole = plan(request, parent)

@@ -19,7 +19,7 @@ import time
 def measure(tuned: bool) -> float:
     """Images a second: the median of five steps after one to warm up."""
     if tuned:
-        from trainer.allocator import keep_freed_memory
+        from trainer.process import keep_freed_memory
 
         keep_freed_memory()
     import torch

@@ -15,9 +15,9 @@ import time
 
 import torch
 
-from trainer.allocator import keep_freed_memory
 from trainer.augment import augment
 from trainer.config import Augmentation
+from trainer.process import keep_freed_memory
 
 CROP, CROP_FROM = 224, 235
 CASES = {

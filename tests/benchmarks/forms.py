@@ -23,10 +23,10 @@ from torch import Tensor, fx
 
 from trainer import forms
 from trainer.__main__ import parse
-from trainer.allocator import keep_freed_memory, restart_with_huge_pages
 from trainer.fit import prepare
 from trainer.model import InputNormalize, unfreeze
 from trainer.prefix import Activations, Trace
+from trainer.process import keep_freed_memory, restart_with_huge_pages
 
 
 def make(arguments: argparse.Namespace) -> tuple[fx.GraphModule, Tensor]:

@@ -30,13 +30,13 @@ from torch.nn import functional
 from tests.benchmarks.against_peers import _photos, run, say
 from tests.benchmarks.peers.job import CROP_FROM, Job
 from trainer.__main__ import parse
-from trainer.allocator import keep_freed_memory
 from trainer.fit import prepare
 from trainer.forms import choose_form
 from trainer.model import InputNormalize, unfreeze
 from trainer.phase import Part, make_optimizer
 from trainer.prefix import Trace
 from trainer.preprocess import load_photo
+from trainer.process import keep_freed_memory
 from trainer.runlog import list_runs
 from trainer.schema import Preprocess
 

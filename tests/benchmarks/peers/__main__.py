@@ -9,7 +9,7 @@ import json
 from importlib import metadata
 
 from tests.benchmarks.peers.job import PEERS, Job, Report
-from trainer.allocator import keep_freed_memory
+from trainer.process import keep_freed_memory
 
 
 def main() -> None:
