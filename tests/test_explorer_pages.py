@@ -12,6 +12,7 @@ from streamlit.testing.v1 import AppTest
 from explorer import classify
 from explorer.classify import Guess, Prediction, Slot, agreement, slots, thumbnail
 from tests.explorer_runs import write_finetune, write_run, write_trunk
+from tests.test_evidence import predictions, save
 from trainer.runlog import read_run
 from trainer.schema import Preprocess
 
@@ -76,6 +77,18 @@ def test_the_link_decides_what_is_shown(runs: Path) -> None:
     app.multiselect(key="runs").set_value([first, second]).run()
     assert not app.exception
     assert app.query_params["runs"] == [first, second]
+
+
+def test_compare_says_whether_a_change_is_more_than_chance(runs: Path) -> None:
+    trunk = write_trunk(runs)
+    for name, wrong in (("good", set[int]()), ("same", {0, 1, 2})):
+        writer = write_finetune(runs, trunk, name, [0.70, 0.74])
+        save(writer.predictions("before"), predictions({0, 1, 3, *range(40, 60)}))
+        save(writer.predictions("after"), predictions(wrong))
+    app = compare_page()
+    assert not app.exception
+    assert "fixed 23, broke 0: better, beyond chance (p &lt; 0.001)" in verdicts(app)
+    assert any("adjusted for the 2 runs shown" in note.value for note in app.caption)
 
 
 def test_nothing_chosen_is_not_an_error(runs: Path) -> None:

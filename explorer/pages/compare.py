@@ -12,6 +12,7 @@ import streamlit as st
 from explorer.charts import SPLITS, Axis, Metric, Split, around_boundary, colours, overlay
 from explorer.compare import Summary, resolution, summaries, table
 from explorer.data import Library, Snapshot, epochs_frame, lineage
+from explorer.evidence import adjusted, evidence_lines, findings
 from explorer.pages import parts
 
 _AXES: Final[dict[str, Axis]] = {"Total epoch": "total", "Since unfreeze": "since"}
@@ -98,8 +99,9 @@ def _live(library: Library, shown: Snapshot, selected: Sequence[str], view: View
     curves, missing = lineage(snapshot, selected)
     frame = epochs_frame(snapshot, curves)
     rows = summaries(snapshot, selected)
-    parts.verdicts(rows, colours(frame))
-    _footnotes(rows, missing)
+    found = findings(snapshot, selected)
+    parts.verdicts(rows, colours(frame), evidence_lines(found))
+    _footnotes(rows, missing, len(adjusted(found)))
     if frame.empty:
         st.info("No epoch has been evaluated yet. The curves appear as soon as one is.")
     elif not view.splits:
@@ -109,15 +111,24 @@ def _live(library: Library, shown: Snapshot, selected: Sequence[str], view: View
     _numbers(rows)
 
 
-def _footnotes(rows: Sequence[Summary], missing: Sequence[str]) -> None:
+def _footnotes(rows: Sequence[Summary], missing: Sequence[str], tested: int) -> None:
     for line in missing:
         st.text(line)
     if any(row.change is not None for row in rows):
         st.caption(
-            "Best epoch after unfreezing against the last evaluation before it. The best of "
-            "several epochs flatters, and no test of significance is made here. "
-            f"{resolution(rows)}"
+            "Best epoch after unfreezing against the last evaluation before it; the best of "
+            f"several epochs flatters. {_method(tested)}{resolution(rows)}"
         )
+
+
+def _method(tested: int) -> str:
+    if tested == 0:
+        return ""
+    many = f", adjusted for the {tested} runs shown (Holm)" if tested > 1 else ""
+    return (
+        "Intervals are bootstrapped over the photos, paired; p is McNemar's exact test on the "
+        f"photos fixed and broken{many}. "
+    )
 
 
 def _charts(frame: pd.DataFrame, view: View) -> None:

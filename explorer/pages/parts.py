@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Final
@@ -116,18 +116,24 @@ def remembered(key: str, options: Sequence[str], default: Sequence[str]) -> tupl
     return present, len(wanted) - len(present)
 
 
-def verdicts(rows: Sequence[Summary], colours: dict[str, str]) -> None:
-    """One line per run: its colour, its name, and what unfreezing did."""
-    items = "".join(_verdict(row, colours.get(row.label, "currentColor")) for row in rows)
+def verdicts(
+    rows: Sequence[Summary], colours: dict[str, str], evidence: Mapping[str, Sequence[str]]
+) -> None:
+    """For each run its colour, its name, what unfreezing did, and the evidence for it by run id."""
+    items = "".join(
+        _verdict(row, colours.get(row.label, "currentColor"), evidence.get(row.run_id, ()))
+        for row in rows
+    )
     st.html(f'<div class="thaw-verdicts" role="list">{items}</div>')
 
 
-def _verdict(row: Summary, colour: str) -> str:
+def _verdict(row: Summary, colour: str, evidence: Sequence[str]) -> str:
+    lines = "".join(f'<div class="thaw-small">{escape(line)}</div>' for line in evidence)
     return (
         '<div class="thaw-verdict" role="listitem">'
         f'<span class="thaw-swatch" style="background:{colour}"></span>'
         f'<span class="thaw-says"><span class="thaw-name">{escape(row.label)}</span>'
-        f"{escape(verdict(row) or _stayed(row))}</span></div>"
+        f"{escape(verdict(row) or _stayed(row))}{lines}</span></div>"
     )
 
 
