@@ -76,7 +76,8 @@ def long_frame(
 
     Points that were not measured, or have no place on the axis, are absent. On the total axis a
     trunk that selected runs left at several boundaries is there only once. `mark` is "best" for
-    the best validation point of a run's phase, "start" for its evaluation at the boundary, or "".
+    the best validation point of a run's phase, "start" for its evaluation where it left its parent,
+    or "".
     """
     parts = [frame.assign(split=name, value=frame[_COLUMN[metric, name]]) for name in splits]
     rows = pd.concat(parts) if parts else frame.assign(split="", value=float("nan"))
@@ -94,7 +95,8 @@ def long_frame(
 def _marks(rows: pd.DataFrame, metric: Metric) -> pd.Series[str]:
     marks = pd.Series("", index=rows.index, dtype="str")
     drawn = rows[(rows["split"] == "Validation") & (rows["role"] == "run")]
-    marks[drawn[(drawn["phase"] == "finetune") & (drawn["phase_epoch"] == 0)].index] = "start"
+    start = (drawn["phase_epoch"] == 0) & (drawn["since_unfreeze"] == 0)
+    marks[drawn[start].index] = "start"
     trained = drawn[(drawn["phase_epoch"] > 0) | (drawn["phase"] == "direct")]
     # As the checkpoint was chosen: of several epochs with the highest accuracy, the lowest loss.
     order = ["value", "val_loss"] if metric == "accuracy" else ["value"]

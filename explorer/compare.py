@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from explorer.data import Snapshot, dataset_size
+from explorer.data import Snapshot, dataset_size, is_control
 from trainer.runlog import Run
 
 
@@ -17,8 +17,8 @@ class Summary:
 
     `best_acc` and `best_epoch` are of the epoch of highest rank among those that trained, the one
     whose checkpoint was kept; `best_loss` is the lowest of any. A `direct` run has one evaluation.
-    `boundary_acc` and `change` are None without a finetune phase, and `change` also until its first
-    epoch is there.
+    `boundary_acc` and `change` are None for a run without a finetune phase that is no control, and
+    `change` also until its first epoch is there.
     """
 
     run_id: str
@@ -26,6 +26,7 @@ class Summary:
     phase: str
     status: str
     epochs: int
+    control: bool = False
     best_acc: float | None = None
     best_epoch: int | None = None
     best_phase_epoch: int | None = None
@@ -43,13 +44,15 @@ def summarise(run: Run, label: str) -> Summary:
     trained = [record for record in records if record.phase_epoch > 0]
     best = max(trained or records, key=lambda record: record.rank, default=None)
     start = next((record for record in records if record.phase_epoch == 0), None)
-    boundary = start.val_acc if phase == "finetune" and start else None
+    control = is_control(run)
+    boundary = start.val_acc if start and (phase == "finetune" or control) else None
     return Summary(
         run_id=run.run_id,
         label=label,
         phase=phase,
         status=run.status,
         epochs=len(trained),
+        control=control,
         best_acc=best.val_acc if best else None,
         best_epoch=best.epoch if best else None,
         best_phase_epoch=best.phase_epoch if best else None,
@@ -82,20 +85,20 @@ def _digits(change: float) -> int:
 
 
 def verdict(summary: Summary) -> str:
-    """One sentence on what unfreezing did; empty for a run without a finetune phase."""
-    if summary.phase != "finetune":
+    """One sentence on what unfreezing did, or a control without it; empty for any other run."""
+    if summary.phase != "finetune" and not summary.control:
         return ""
     if summary.boundary_acc is None:
         return "No evaluation before the first step is recorded, so there is nothing to compare."
     if summary.change is None or summary.best_acc is None:
         waiting = "still running" if summary.status == "running" else f"status {summary.status}"
-        return (
-            f"No epoch after unfreezing yet ({waiting}); it starts from {summary.boundary_acc:.1%}."
-        )
+        what = "No further epoch" if summary.control else "No epoch after unfreezing"
+        return f"{what} yet ({waiting}); it starts from {summary.boundary_acc:.1%}."
     digits = _digits(summary.change)
     # No-break spaces: a line that ends with the arrow is hard to read.
     reached = f"{summary.boundary_acc:.{digits}%}\u00a0→\u00a0{summary.best_acc:.{digits}%}"
-    where = f"epoch {summary.best_phase_epoch} of {summary.epochs} after unfreezing"
+    what = "with the head alone (control)" if summary.control else "after unfreezing"
+    where = f"epoch {summary.best_phase_epoch} of {summary.epochs} {what}"
     if summary.change > 0:
         text = f"{points(summary.change)} points at {where} ({reached})"
     elif summary.change == 0:
@@ -125,7 +128,7 @@ def table(rows: Sequence[Summary]) -> pd.DataFrame:
             "Best accuracy": _hundredfold([row.best_acc for row in rows]),
             "At epoch": pd.array([row.best_epoch for row in rows], dtype="Int64"),
             "After unfreezing": pd.array(
-                [row.best_phase_epoch if row.phase == "finetune" else None for row in rows],
+                [row.best_phase_epoch if row.boundary_acc is not None else None for row in rows],
                 dtype="Int64",
             ),
             "At the boundary": _hundredfold([row.boundary_acc for row in rows]),

@@ -61,11 +61,13 @@ class Snapshot:
         return list(self.runs)[::-1]
 
     def default_selection(self) -> list[str]:
-        """The newest run's family: the finetunes of its trunk; without any, the newest runs."""
+        """The newest run's family: the finetunes of its trunk and their controls; without any, the
+        newest runs."""
         finetunes = [name for name, run in self.runs.items() if run.boundary is not None]
         if finetunes:
             trunk = self.runs[finetunes[-1]].parent_run_id
-            family = [name for name in finetunes if self.runs[name].parent_run_id == trunk]
+            left = [name for name, run in self.runs.items() if left_parent(run) is not None]
+            family = [name for name in left if self.runs[name].parent_run_id == trunk]
             # Without a parent (both phases in one run) there is no family but the run itself.
             return (family if trunk else finetunes)[-DEFAULT_SHOWN:]
         return list(self.runs)[-DEFAULT_SHOWN:]
@@ -120,6 +122,20 @@ def _labels(runs: Iterable[Run]) -> dict[str, str]:
     return {name: text if taken[text] == 1 else name for name, text in short.items()}
 
 
+def left_parent(run: Run) -> int | None:
+    """The epoch after which a run left its parent: the boundary, or where a control trained the
+    head further; None for a run that begins by itself."""
+    if run.boundary is not None:
+        return run.boundary
+    phases = run.info.get("phases") or []
+    return int(phases[-1]["first_epoch"]) if is_control(run) and phases else None
+
+
+def is_control(run: Run) -> bool:
+    """Whether the run trained the head of another further, with everything else still frozen."""
+    return run.phase == "transfer" and run.parent_run_id is not None
+
+
 # --- lineages ---------------------------------------------------------------------------------
 
 
@@ -154,7 +170,10 @@ def _climb(snapshot: Snapshot, name: str, trunks: dict[tuple[str, int], None]) -
     """Add the ancestors of a run to `trunks`; returns what to tell about a missing one."""
     seen = {name}
     run = snapshot.runs.get(name)
-    while run is not None and run.parent_run_id is not None and run.boundary is not None:
+    while run is not None and run.parent_run_id is not None:
+        left = left_parent(run)
+        if left is None:
+            break
         parent = snapshot.runs.get(run.parent_run_id)
         if parent is None:
             broken = run.parent_run_id in snapshot.broken
@@ -164,15 +183,15 @@ def _climb(snapshot: Snapshot, name: str, trunks: dict[tuple[str, int], None]) -
         if parent.run_id in seen:  # a hand-edited run.json could name itself its own ancestor
             return []
         seen.add(parent.run_id)
-        trunks[parent.run_id, run.boundary if parent.boundary is None else parent.boundary] = None
+        trunks[parent.run_id, left if parent.boundary is None else parent.boundary] = None
         run = parent
     return []
 
 
 def _own_boundary(run: Run) -> int | None:
     """The run's boundary; of a run that stayed frozen its last epoch; None for `scratch`."""
-    if run.boundary is not None:
-        return run.boundary
+    if (left := left_parent(run)) is not None:
+        return left
     frozen = run.phase in _FROZEN and run.epochs
     return run.epochs[-1].epoch if frozen else None
 

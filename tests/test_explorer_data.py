@@ -141,6 +141,30 @@ def test_the_last_frozen_evaluation_is_point_zero(tmp_path: Path) -> None:
     assert frame["train_acc"].isna().sum() == 2  # one epoch 0 for each phase
 
 
+def test_a_control_starts_where_its_siblings_were_unfrozen(tmp_path: Path) -> None:
+    parent = write_trunk(tmp_path)
+    child = write_finetune(tmp_path, parent, "child", [0.70, 0.72]).run_id
+    control = write_run(
+        tmp_path, "control", [0.70, 0.71, 0.705], "transfer", 3, parent_run_id=parent
+    ).run_id
+    found = snapshot(tmp_path)
+    assert found.default_selection() == [child, control]
+    curves, _ = lineage(found, [child, control])
+    assert [(curve.run.run_id, curve.role) for curve in curves] == [
+        (parent, "trunk"),
+        (child, "run"),
+        (control, "run"),
+    ]
+    frame = epochs_frame(found, curves)
+    assert frame[frame["run_id"] == control]["since_unfreeze"].tolist() == [0, 1, 2]
+    points = long_frame(frame, "accuracy", "since", ["Validation"])
+    marks = points[points["run"] == "control"]["mark"].tolist()
+    assert marks == ["start", "best", ""]
+    [row] = summaries(found, [control])
+    said = "+1.0 points at epoch 1 of 2 with the head alone (control) (70.0% → 71.0%)."
+    assert verdict(row).replace("\u00a0", " ") == said
+
+
 def test_frozen_runs_end_at_zero_and_scratch_has_no_place(tmp_path: Path) -> None:
     frozen = write_trunk(tmp_path)
     scratch = write_run(tmp_path, "scratch", [0.1, 0.2], "scratch").run_id

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import trainer.progress
-from tests.conftest import Train
+from tests.conftest import TINY, Train
 from tests.test_together import PHOTOS, figures, sweep
 from trainer.checkpoint import load_checkpoint
 from trainer.runlog import Run, RunError, RunWriter, list_runs, read_run
@@ -87,6 +87,24 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(
     for run in found.values():
         kinds = [event["event"] for event in events(run)]
         assert kinds == ["phase", *["epoch"] * 3, "note", *["epoch"] * 2, "stop"]
+
+
+def test_the_trunk_of_a_sweep_goes_on_too(
+    tmp_path: Path, photos: Path, awake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*TINY, "--weights", awake, "--data", str(photos), "--lr", "1e-3", "--unfreeze", "5"]
+    flags += ["--epochs", "1", "--transfer-epochs", str(EPOCHS), *PHOTOS]
+    for name, after in (("whole", 1000), ("torn", 7)):
+        with monkeypatch.context() as patched:
+            interrupt(patched, after)
+            sweep(tmp_path / name, *flags, status=130 if name == "torn" else 0)
+    (begun,) = list_runs(tmp_path / "torn")
+    assert begun.status == "interrupted"
+    sweep(tmp_path / "torn", *flags)
+    trunk, *members = list_runs(tmp_path / "torn")
+    assert (trunk.path, len(members)) == (begun.path, 2)
+    expected, *_ = list_runs(tmp_path / "whole")
+    check_alike({"": trunk}, {"": expected})
 
 
 KILLED = """if True:

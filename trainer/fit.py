@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from trainer.phase import PhaseRun, pretrained_labels
 from trainer.progress import Progress, summary
 from trainer.ranking import count
 from trainer.resume import Resume, find_resume
-from trainer.runlog import Run, check_writable, find_run, read_run
+from trainer.runlog import Run, check_writable, find_run, list_runs, read_run
 from trainer.schema import Preprocess
 from trainer.start import (
     Start,
@@ -42,10 +43,24 @@ class Job:
     start: Start
 
 
-def fit(config: Config) -> Run:
-    """Train one phase as configured and return the finished run. Raises ThawError."""
+def fit(config: Config, go_on: bool = False) -> Run:
+    """Train one phase as configured and return the finished run. Raises ThawError.
+
+    With `go_on` a run that was interrupted and is configured alike goes on, where there is one.
+    """
     check_before_work(config)
-    return _train_alone(prepare_finetune(config) if config.phase == "finetune" else prepare(config))
+    job = prepare_finetune(config) if config.phase == "finetune" else prepare(config)
+    return _train_alone(job, _interrupted(job) if go_on else None)
+
+
+def _interrupted(job: Job) -> Run | None:
+    """The newest of them, other than the members of sweeps."""
+    wanted = json.loads(json.dumps(job.config.to_dict()))
+    for run in reversed(list_runs(job.config.runs_dir)):
+        open_ended = run.status in ("interrupted", "running") and "sweep" not in run.info
+        if open_ended and run.info.get("config") == wanted:
+            return run
+    return None
 
 
 def check_before_work(config: Config) -> None:
@@ -109,11 +124,14 @@ def _transfer_first(config: Config, photos: Photos) -> Run:
     return _train_alone(prepare(trunk(config), photos))
 
 
-def _train_alone(job: Job) -> Run:
+def _train_alone(job: Job, interrupted: Run | None = None) -> Run:
     config, photos = job.config, job.photos
     _introduce(photos)
-    with Progress(_photos_to_train(job)) as progress:
-        (run,) = train_together([Member(config, job.start, config.phase)], photos, progress)
+    resume = _resume(job, interrupted)
+    with Progress(_photos_to_train(job, resume)) as progress:
+        _say_where([0], [job], [resume])
+        member = Member(config, job.start, config.phase, resume=resume)
+        (run,) = train_together([member], photos, progress)
         seconds = progress.seconds
     if run.error is not None:
         raise run.error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -29,7 +30,7 @@ _PLAIN: Final = Augmentation()
 def _fit(config: Config) -> Run:
     from trainer.fit import fit
 
-    return fit(config)
+    return fit(config, go_on=True)
 
 
 def _fit_together(
@@ -81,6 +82,11 @@ def _run(request: Request, engine: Engine) -> int:
 def _sweep(request: Request, engine: Engine) -> int:
     check_writable(request.members[0].runs_dir)
     prepare_process()
+    with _saying_how_to_go_on():
+        return _train_all(request, engine)
+
+
+def _train_all(request: Request, engine: Engine) -> int:
     whole = plan(request, _parent(request, engine))
     print(f"Sweep {inert(whole.name)}: {_extent(whole)}")
     known = {} if request.again else earlier(whole)
@@ -92,6 +98,15 @@ def _sweep(request: Request, engine: Engine) -> int:
     return _status(runs.values())
 
 
+@contextlib.contextmanager
+def _saying_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print("The same command goes on where this sweep was interrupted.")
+        raise
+
+
 def _train(whole: Plan, known: Mapping[int, Run], engine: Engine) -> dict[int, Run]:
     """Train the members that are not done; returns their runs by index in the plan."""
     indices = range(len(whole.members))
@@ -100,11 +115,7 @@ def _train(whole: Plan, known: Mapping[int, Run], engine: Engine) -> dict[int, R
         return {}
     part = whole.only(rest)
     interrupted = {i: known[index] for i, index in enumerate(rest) if index in known}
-    try:
-        runs = engine.fit_together(part.configs, part.info, interrupted)
-    except (KeyboardInterrupt, SystemExit):
-        print("The same command goes on where this sweep was interrupted.")
-        raise
+    runs = engine.fit_together(part.configs, part.info, interrupted)
     return dict(zip(rest, runs, strict=True))
 
 
