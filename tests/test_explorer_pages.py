@@ -48,7 +48,7 @@ def verdicts(app: AppTest) -> str:
 
 
 def test_without_runs_each_page_says_what_to_type(runs: Path) -> None:
-    for app in (compare_page(), classify_page()):
+    for app in (compare_page(), classify_page(), AppTest.from_function(_runs).run()):
         assert not app.exception
         typed = [block.value for block in app.code]
         assert f"python -m trainer --phase finetune --runs-dir {runs}" in typed
@@ -89,6 +89,27 @@ def test_compare_says_whether_a_change_is_more_than_chance(runs: Path) -> None:
     assert not app.exception
     assert "fixed 23, broke 0: better, beyond chance (p &lt; 0.001)" in verdicts(app)
     assert any("adjusted for the 2 runs shown" in note.value for note in app.caption)
+
+
+def _runs() -> None:
+    from explorer.pages import runs
+
+    runs.page()
+
+
+def test_the_table_of_runs_can_be_searched(runs: Path) -> None:
+    trunk = write_trunk(runs)
+    write_finetune(runs, trunk, "child", [0.70, 0.74])
+    app = AppTest.from_function(_runs, default_timeout=30).run()
+    assert not app.exception
+    assert app.dataframe[0].value["Run"].tolist() == ["child", "trunk"]
+    assert "Data" not in app.dataframe[0].value.columns
+    assert "data flowers" in app.text[0].value
+    app.text_input(key="search").set_value("finetune").run()
+    assert app.dataframe[0].value["Run"].tolist() == ["child"]
+    assert app.text[0].value.startswith("1 of 2 runs.")
+    app.text_input(key="search").set_value("nothing such").run()
+    assert "No run has all" in app.info[0].value
 
 
 def test_nothing_chosen_is_not_an_error(runs: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import streamlit as st
 
-from explorer.pages import classify, compare
+from explorer.pages import classify, compare, runs
 
 
 def main() -> None:
     st.set_page_config(page_title="Thaw", layout="wide")
     pages = [
         st.Page(compare.page, title="Compare", url_path="compare", default=True),
+        st.Page(runs.page, title="Runs", url_path="runs"),
         st.Page(classify.page, title="Classify", url_path="classify"),
     ]
     st.navigation(pages, position="top").run()

@@ -72,6 +72,21 @@ def test_the_axis_switches_and_the_link_keeps_it(app: str, open_page: OpenPage) 
     expect(chart(again).locator(".role-axis-title")).to_have_text("Epochs since unfreezing")
 
 
+def test_ticked_runs_are_compared(app: str, open_page: OpenPage) -> None:
+    page = open_page(app)
+    page.get_by_role("link", name="Runs").click()
+    expect(page.get_by_role("heading", name="All runs")).to_be_visible()
+    table = page.get_by_test_id("stDataFrame").locator("canvas").first
+    expect(table).to_be_visible()
+    for row in (1, 2):  # under the header: the newest run, and the one before
+        table.click(position={"x": 20, "y": 35 * row + 17})
+    page.get_by_role("button", name="Compare these 2 runs").click()
+    accuracy = chart(page)
+    assert page.url.count("runs=") == 2
+    expect(legend_entry(accuracy, "bold")).to_be_attached()
+    expect(legend_entry(accuracy, "gentle")).to_be_attached()
+
+
 def test_a_photo_is_classified_before_and_after(
     app: str, open_page: OpenPage, photos: Path
 ) -> None:
