@@ -360,6 +360,7 @@ CHANGES: dict[str, str | None] = {
     "seed": "--seed 1",
     "early_stop": "--early-stop 2",
     "views": "--views 4",
+    "precision": "--precision bf16",
 }
 NESTED = {
     "name": "--schedule cosine",

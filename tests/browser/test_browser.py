@@ -79,7 +79,8 @@ def test_ticked_runs_are_compared(app: str, open_page: OpenPage) -> None:
     table = page.get_by_test_id("stDataFrame").locator("canvas").first
     expect(table).to_be_visible()
     for row in (1, 2):  # under the header: the newest run, and the one before
-        table.click(position={"x": 20, "y": 35 * row + 17})
+        # By force: a transparent layer for scrolling lies on top, and hands the click on.
+        table.click(position={"x": 20, "y": 35 * row + 17}, force=True)
     page.get_by_role("button", name="Compare these 2 runs").click()
     accuracy = chart(page)
     assert page.url.count("runs=") == 2
