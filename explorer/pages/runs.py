@@ -57,6 +57,7 @@ def _table(frame: pd.DataFrame) -> list[int]:
         key=key,
         on_select="rerun",
         selection_mode="multi-row",
+        placeholder="",
         column_config={
             "Run": st.column_config.TextColumn(pinned=True),
             "Curve": st.column_config.LineChartColumn(
