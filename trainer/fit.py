@@ -172,17 +172,17 @@ def fit_together(
     jobs = _jobs(configs)
     _introduce(jobs[0].photos)
     resumes = [_resume(job, interrupted.get(i)) for i, job in enumerate(jobs)]
-    groups = _groups(jobs)
-    together = [part for group in groups for part in _by_epoch(group, resumes)]
-    photos = sum(_photos_to_train(jobs[part[0]], resumes[part[0]]) for part in together)
+    groups = [_by_epoch(group, resumes) for group in _groups(jobs)]
+    firsts = [part[0] for parts in groups for part in parts]
+    photos = sum(_photos_to_train(jobs[first], resumes[first]) for first in firsts)
     done: dict[int, Run] = {}
     with Progress(photos) as progress:
-        for number, group in enumerate(groups, start=1):
+        for number, parts in enumerate(groups, start=1):
+            beside = [jobs[i].config for part in parts for i in part]
             if len(groups) > 1:
-                seed = jobs[group[0]].config.seed
-                tqdm.write(f"batches {number} of {len(groups)} (seed {seed}): {len(group)} runs")
-            beside = [jobs[i].config for i in group]
-            for part in _by_epoch(group, resumes):
+                seed = beside[0].seed
+                tqdm.write(f"batches {number} of {len(groups)} (seed {seed}): {len(beside)} runs")
+            for part in parts:
                 _say_where(part, jobs, resumes)
                 members = [
                     Member(

@@ -11,14 +11,12 @@ import streamlit as st
 
 from explorer.charts import SPLITS, Axis, Metric, Split, around_boundary, colours, overlay
 from explorer.compare import Summary, resolution, summaries, table
-from explorer.data import Library, Snapshot, epochs_frame, lineage
+from explorer.data import Snapshot, epochs_frame, lineage
 from explorer.evidence import adjusted, evidence_lines, findings
 from explorer.pages import parts
 
 _AXES: Final[dict[str, Axis]] = {"Total epoch": "total", "Since unfreeze": "since"}
 _RANGES: Final = ("Whole run", "Around unfreezing")
-_WHILE_RUNNING: Final = 2.0
-_WHILE_IDLE: Final = 15.0  # only to notice a run that has just been started
 
 
 def page() -> None:
@@ -27,8 +25,7 @@ def page() -> None:
         return
     selected = _choose_runs(snapshot)
     view = _choose_view()
-    every = _WHILE_RUNNING if snapshot.running else _WHILE_IDLE
-    st.fragment(_live, run_every=every)(parts.library(), snapshot, selected, view)
+    parts.live(snapshot, _live, selected, view)
     parts.problems(snapshot)
 
 
@@ -88,11 +85,8 @@ def _one_of(label: str, options: Sequence[str], key: str) -> str:
     return choice or options[0]
 
 
-def _live(library: Library, shown: Snapshot, selected: Sequence[str], view: View) -> None:
-    """Everything that follows the files; reruns on its own while the page stays as it is."""
-    snapshot = library.snapshot()
-    if snapshot.runs.keys() != shown.runs.keys() or snapshot.running != shown.running:
-        st.rerun()  # the list of runs and the pace of this fragment belong to the whole page
+def _live(snapshot: Snapshot, selected: Sequence[str], view: View) -> None:
+    """Everything that follows the files."""
     if not selected:
         st.info("Choose one run or more above.")
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,8 @@ from explorer.classify import Prediction
 from explorer.compare import Summary, verdict
 from explorer.data import Library, Snapshot, runs_dir_from
 
+_WHILE_RUNNING: Final = 2.0
+_WHILE_IDLE: Final = 15.0  # only to notice a run that has just been started
 _STYLE: Final = """<style>
 .stMainBlockContainer {padding-top: 4.5rem; padding-bottom: 3rem}
 .stElementContainer[data-stale="true"] {opacity: 1 !important}  /* no dimming while refreshing */
@@ -75,6 +77,22 @@ def opened(title: str) -> Snapshot | None:
     no_runs(library().runs_dir)
     problems(snapshot)
     return None
+
+
+def live(shown: Snapshot, draw: Callable[..., None], *arguments: object) -> None:
+    """Call `draw(snapshot, *arguments)` with the newest snapshot, now and again from time to time,
+    while the rest of the page stays as it is."""
+    every = _WHILE_RUNNING if shown.running else _WHILE_IDLE
+    st.fragment(_redraw, run_every=every)(library(), shown, draw, arguments)
+
+
+def _redraw(
+    library: Library, shown: Snapshot, draw: Callable[..., None], arguments: tuple[object, ...]
+) -> None:
+    snapshot = library.snapshot()
+    if snapshot.runs.keys() != shown.runs.keys() or snapshot.running != shown.running:
+        st.rerun()  # the list of runs and the pace of this fragment belong to the whole page
+    draw(snapshot, *arguments)
 
 
 def no_runs(folder: Path) -> None:

@@ -7,13 +7,11 @@ from typing import Final
 import pandas as pd
 import streamlit as st
 
-from explorer.data import Library, Snapshot
+from explorer.data import Snapshot
 from explorer.evidence import findings
 from explorer.overview import constants_line, folded, overview, search, selected_ids
 from explorer.pages import compare, parts
 
-_WHILE_RUNNING: Final = 2.0
-_WHILE_IDLE: Final = 15.0
 _PERCENT: Final = "%.2f%%"
 
 
@@ -28,15 +26,11 @@ def page() -> None:
         bind="query-params",
         persist_state="session",
     )
-    every = _WHILE_RUNNING if snapshot.running else _WHILE_IDLE
-    st.fragment(_live, run_every=every)(parts.library(), snapshot, text or "")
+    parts.live(snapshot, _live, text or "")
     parts.problems(snapshot)
 
 
-def _live(library: Library, shown: Snapshot, text: str) -> None:
-    snapshot = library.snapshot()
-    if snapshot.runs.keys() != shown.runs.keys() or snapshot.running != shown.running:
-        st.rerun()
+def _live(snapshot: Snapshot, text: str) -> None:
     whole = overview(snapshot, findings(snapshot, snapshot.runs))
     frame, constants = folded(search(whole, text))
     if frame.empty:
@@ -68,7 +62,8 @@ def _table(frame: pd.DataFrame) -> list[int]:
                 format="%+.2f", help="Points: best after unfreezing minus boundary"
             ),
             "95% interval": st.column_config.TextColumn(
-                help="Of the change, in points: bootstrap over the validation photos"
+                help="Of the change, in points: bootstrap over the validation photos. Of many "
+                "runs one looks good by chance; Compare adjusts for that."
             ),
             "Learning rate": st.column_config.NumberColumn(format="%.1e"),
             "At epoch": st.column_config.NumberColumn(format="%d"),
