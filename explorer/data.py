@@ -16,6 +16,7 @@ from typing import Final, Literal
 
 import pandas as pd
 
+from explorer.annotations import ANNOTATIONS_JSON, Annotation, load_annotation
 from trainer.runlog import Run, read_or_explain, run_folders
 from trainer.schema import EPOCH_FIELDS, METRICS_JSONL, RUN_JSON
 
@@ -46,11 +47,13 @@ def runs_dir_from(arguments: Sequence[str], environment: Mapping[str, str]) -> P
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A runs folder at one moment: readable runs (oldest first), the broken ones, and labels."""
+    """A runs folder at one moment: readable runs (oldest first), the broken ones, labels, and what
+    users noted (for every readable run)."""
 
     runs: Mapping[str, Run]
     broken: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, Annotation] = field(default_factory=dict)
 
     @property
     def running(self) -> frozenset[str]:
@@ -60,17 +63,26 @@ class Snapshot:
     def newest_first(self) -> list[str]:
         return list(self.runs)[::-1]
 
+    @property
+    def current(self) -> list[str]:
+        """The runs that are not archived, newest first."""
+        return [name for name in self.newest_first if not self._is_archived(name)]
+
+    def _is_archived(self, name: str) -> bool:
+        return name in self.annotations and self.annotations[name].archived
+
     def default_selection(self) -> list[str]:
         """The newest run's family: the finetunes of its trunk and their controls; without any, the
         newest runs."""
-        finetunes = [name for name, run in self.runs.items() if run.boundary is not None]
+        current = self.current[::-1]
+        finetunes = [name for name in current if self.runs[name].boundary is not None]
         if finetunes:
             trunk = self.runs[finetunes[-1]].parent_run_id
-            left = [name for name, run in self.runs.items() if left_parent(run) is not None]
+            left = [name for name in current if left_parent(self.runs[name]) is not None]
             family = [name for name in left if self.runs[name].parent_run_id == trunk]
             # Without a parent (both phases in one run) there is no family but the run itself.
             return (family if trunk else finetunes)[-DEFAULT_SHOWN:]
-        return list(self.runs)[-DEFAULT_SHOWN:]
+        return current[-DEFAULT_SHOWN:]
 
 
 Stamp = tuple[tuple[int, int], ...]
@@ -84,20 +96,22 @@ class Library:
 
     def __init__(self, runs_dir: Path) -> None:
         self.runs_dir = runs_dir
-        self._known: dict[str, tuple[Stamp, Run]] = {}
+        self._known: dict[str, tuple[Stamp, Run, Annotation]] = {}
         self._lock = threading.Lock()
 
     def snapshot(self) -> Snapshot:
         with self._lock:
             self._known = {path.name: self._read(path) for path in run_folders(self.runs_dir)}
-            runs = [run for _, run in self._known.values()]
-        return _snapshot(runs)
+            known = list(self._known.values())
+        return _snapshot([run for _, run, _ in known], {run.run_id: note for _, run, note in known})
 
-    def _read(self, path: Path) -> tuple[Stamp, Run]:
+    def _read(self, path: Path) -> tuple[Stamp, Run, Annotation]:
         # Stamped before reading: what is appended in between changes the stamp the next time.
-        stamp = tuple(_stamp(path / name) for name in (RUN_JSON, METRICS_JSONL))
+        stamp = tuple(_stamp(path / n) for n in (RUN_JSON, METRICS_JSONL, ANNOTATIONS_JSON))
         known = self._known.get(path.name)
-        return known if known and known[0] == stamp else (stamp, read_or_explain(path))
+        if known and known[0] == stamp:
+            return known
+        return stamp, read_or_explain(path), load_annotation(path)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -108,16 +122,17 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-def _snapshot(runs: Iterable[Run]) -> Snapshot:
+def _snapshot(runs: Iterable[Run], annotations: Mapping[str, Annotation]) -> Snapshot:
     ordered = sorted(runs, key=lambda run: run.info.get("started", 0.0))
     readable = {run.run_id: run for run in ordered if run.info}
     broken = {run.run_id: run.problem or "" for run in ordered if not run.info}
-    return Snapshot(readable, broken, _labels(readable.values()))
+    noted = {name: annotations[name] for name in readable}
+    return Snapshot(readable, broken, _labels(noted), noted)
 
 
-def _labels(runs: Iterable[Run]) -> dict[str, str]:
-    """Short names; where two runs have the same, both go by their whole id."""
-    short = {run.run_id: _STAMP.sub("", run.run_id, count=1) for run in runs}
+def _labels(noted: Mapping[str, Annotation]) -> dict[str, str]:
+    """Given names or short ones, by run id; where two runs have the same, both go by their id."""
+    short = {name: note.name or _STAMP.sub("", name, count=1) for name, note in noted.items()}
     taken = Counter(short.values())
     return {name: text if taken[text] == 1 else name for name, text in short.items()}
 

@@ -35,7 +35,8 @@ from trainer.schema import (
 )
 
 _RUN_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_OPTIONAL_FIELDS: Final = ("train_loss", "train_acc")
+_NONE_BEFORE_ANY_STEP: Final = ("train_loss", "train_acc")
+_WHOLE_NUMBERS: Final = ("epoch", "phase_epoch", "trainable_params", "peak_memory_bytes")
 
 
 class RunError(ThawError):
@@ -140,6 +141,11 @@ class RunWriter:
 
     def epoch(self, record: EpochRecord) -> None:
         self._append(record.to_dict())
+
+    def imported_epoch(self, record: EpochRecord) -> None:
+        """As `epoch`, but a NaN says that the imported log does not hold this number."""
+        values = record.to_dict().items()
+        self._append({name: None if value != value else value for name, value in values})
 
     def note(self, text: str) -> None:
         self._append({"event": "note", "text": text, "time": time.time()})
@@ -427,11 +433,15 @@ def _epoch(event: Mapping[str, Any]) -> EpochRecord:
     values = {name: event[name] for name in EPOCH_FIELDS}
     if values["phase"] not in PHASES:
         raise ValueError(values["phase"])
-    for name, value in values.items():
-        missing = value is None and name in _OPTIONAL_FIELDS
-        if name != "phase" and not missing and not _is_finite(value):
-            raise ValueError(name)
-    return EpochRecord(**values)
+    return EpochRecord(**{name: _value(name, value) for name, value in values.items()})
+
+
+def _value(name: str, value: Any) -> Any:
+    if name == "phase" or _is_finite(value):
+        return value
+    if value is not None or name in _WHOLE_NUMBERS:
+        raise ValueError(name)
+    return None if name in _NONE_BEFORE_ANY_STEP else math.nan
 
 
 def _is_finite(value: Any) -> bool:

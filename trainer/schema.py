@@ -5,6 +5,7 @@ Standard library only, so that reading a run never costs an import of torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
@@ -88,7 +89,8 @@ class EpochRecord:
 
     `epoch` counts over the whole lineage, `phase_epoch` within the phase; phase_epoch 0 is an
     evaluation before any step, so its training fields are None. Accuracies are fractions 0..1,
-    losses mean cross-entropy in nats, `time` seconds since the Unix epoch.
+    losses mean cross-entropy in nats, `time` seconds since the Unix epoch. Of imported logs, what
+    they do not hold is NaN (null in the file), or 0 of the fields that are whole numbers.
     """
 
     phase: Phase
@@ -111,10 +113,14 @@ class EpochRecord:
     @property
     def rank(self) -> tuple[float, float]:
         """The best epoch is the one of highest rank: accuracy first, then the lower loss."""
-        return self.val_acc, -self.val_loss
+        return _or_worst(self.val_acc), _or_worst(-self.val_loss)
 
     def to_dict(self) -> dict[str, Any]:
         return {"event": "epoch"} | asdict(self)
+
+
+def _or_worst(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
 
 
 @dataclass(frozen=True)

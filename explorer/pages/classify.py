@@ -21,10 +21,8 @@ from explorer.classify import (
     slots,
     thumbnail,
 )
-from explorer.data import Snapshot
 from explorer.pages import parts
 from trainer.preprocess import PHOTO_SUFFIXES, PhotoError
-from trainer.runlog import Run
 from trainer.schema import ThawError
 
 _MAX_PHOTOS: Final = 50  # on one page; more belong on the command line
@@ -51,9 +49,9 @@ def page() -> None:
         return
     left, right = st.columns([3, 1])
     with left:
-        run = _choose_run(snapshot)
+        run = parts.choose_run(snapshot, lambda run: run.boundary is not None)
     with right:
-        source = _choose_source()
+        source = parts.one_of("Photos from", ["Files", "Camera"], key="source")
     uploads = _photos(source)
     networks = slots(run)
     if uploads:
@@ -61,34 +59,6 @@ def page() -> None:
     else:
         _explain(networks)
     parts.problems(snapshot)
-
-
-def _choose_run(snapshot: Snapshot) -> Run:
-    options = snapshot.newest_first
-    unfrozen = [name for name in options if snapshot.runs[name].boundary is not None]
-    start, _ = parts.remembered("run", options, (unfrozen or options)[:1])
-    st.session_state["run"] = (start or options)[0]
-    name = st.selectbox(
-        "Run",
-        options,
-        key="run",
-        format_func=lambda name: snapshot.labels[name],
-        persist_state="session",
-    )
-    st.query_params["run"] = name
-    return snapshot.runs[name]
-
-
-def _choose_source() -> str:
-    choice = st.segmented_control(
-        "Photos from",
-        ["Files", "Camera"],
-        default="Files",
-        required=True,
-        key="source",
-        bind="query-params",
-    )
-    return choice or "Files"
 
 
 def _photos(source: str) -> list[Upload]:

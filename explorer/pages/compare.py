@@ -23,28 +23,10 @@ def page() -> None:
     snapshot = parts.opened("Did unfreezing help, and by how much?")
     if snapshot is None:
         return
-    selected = _choose_runs(snapshot)
+    selected = parts.choose_runs(snapshot, snapshot.default_selection())
     view = _choose_view()
     parts.live(snapshot, _live, selected, view)
     parts.problems(snapshot)
-
-
-def _choose_runs(snapshot: Snapshot) -> list[str]:
-    options = snapshot.newest_first
-    start, lost = parts.remembered("runs", options, snapshot.default_selection())
-    st.session_state["runs"] = start
-    selected = st.multiselect(
-        "Runs",
-        options,
-        key="runs",
-        format_func=lambda name: snapshot.labels[name],
-        placeholder="Choose runs to lay over each other",
-        persist_state="session",
-    )
-    st.query_params["runs"] = selected
-    if lost:
-        st.caption("Not every run of this link or selection is in the runs folder any more.")
-    return selected
 
 
 @dataclass(frozen=True)
@@ -58,8 +40,8 @@ class View:
 
 def _choose_view() -> View:
     with st.container(horizontal=True, gap="medium"):
-        axis = _one_of("Axis", list(_AXES), key="axis")
-        extent = _one_of("Epochs", _RANGES, key="epochs")
+        axis = parts.one_of("Axis", list(_AXES), key="axis")
+        extent = parts.one_of("Epochs", _RANGES, key="epochs")
         splits = st.segmented_control(
             "Photos",
             SPLITS,
@@ -70,19 +52,6 @@ def _choose_view() -> View:
             persist_state="session",
         )
     return View(_AXES[axis], [name for name in SPLITS if name in splits], extent == _RANGES[1])
-
-
-def _one_of(label: str, options: Sequence[str], key: str) -> str:
-    choice = st.segmented_control(
-        label,
-        options,
-        default=options[0],
-        required=True,
-        key=key,
-        bind="query-params",
-        persist_state="session",
-    )
-    return choice or options[0]
 
 
 def _live(snapshot: Snapshot, selected: Sequence[str], view: View) -> None:

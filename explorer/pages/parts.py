@@ -11,14 +11,18 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, NoReturn
 
 import streamlit as st
+from altair.typing import ChartType
 
 from explorer.classify import Prediction
 from explorer.compare import Summary, verdict
 from explorer.data import Library, Snapshot, runs_dir_from
+from explorer.render import to_svg
+from trainer.runlog import Run
 
 _WHILE_RUNNING: Final = 2.0
 _WHILE_IDLE: Final = 15.0  # only to notice a run that has just been started
@@ -132,6 +136,102 @@ def remembered(key: str, options: Sequence[str], default: Sequence[str]) -> tupl
     wanted = [wanted] if isinstance(wanted, str) else wanted
     present = [name for name in wanted if name in options]
     return present, len(wanted) - len(present)
+
+
+PageName = Literal["compare", "runs", "sweep", "changed", "classify", "export", "importing"]
+
+
+def go(page: PageName, **state: str | list[str]) -> NoReturn:
+    """Open another page with these widgets set, such as run="20260101-120000-name"."""
+    for name, value in state.items():
+        st.session_state[name] = value
+    # By name: pages that lead to each other cannot import each other.
+    st.switch_page(st.Page(import_module(f"explorer.pages.{page}").page, url_path=page))
+
+
+def one_of(label: str, options: Sequence[str], key: str, help: str | None = None) -> str:
+    """A choice among few; kept in the link, where it is not the first."""
+    choice = st.segmented_control(
+        label,
+        options,
+        default=options[0],
+        required=True,
+        key=key,
+        bind="query-params",
+        persist_state="session",
+        help=help,
+    )
+    return choice or options[0]
+
+
+def choose_runs(snapshot: Snapshot, default: Sequence[str]) -> list[str]:
+    """A choice of several runs, the same on every page that asks for it; kept in the link."""
+    options = _offered(snapshot, "runs")
+    start, lost = remembered("runs", options, default)
+    st.session_state["runs"] = start
+    selected = st.multiselect(
+        "Runs",
+        options,
+        key="runs",
+        format_func=lambda name: snapshot.labels[name],
+        placeholder="Choose runs to lay over each other",
+        persist_state="session",
+    )
+    st.query_params["runs"] = selected
+    if lost:
+        st.caption("Not every run of this link or selection is in the runs folder any more.")
+    return selected
+
+
+def choose_run(snapshot: Snapshot, suitable: Callable[[Run], bool]) -> Run:
+    """A choice of one run, the same on every page that asks for it; kept in the link.
+
+    Starts with the newest suitable one; all others can be chosen too.
+    """
+    options = _offered(snapshot, "run")
+    fitting = [name for name in options if suitable(snapshot.runs[name])]
+    start, lost = remembered("run", options, (fitting or options)[:1])
+    st.session_state["run"] = (start or fitting or options)[0]
+    name = st.selectbox(
+        "Run",
+        options,
+        key="run",
+        format_func=lambda name: snapshot.labels[name],
+        persist_state="session",
+    )
+    st.query_params["run"] = name
+    if lost:
+        st.caption("The run of this link is not in the runs folder any more.")
+    return snapshot.runs[name]
+
+
+def _offered(snapshot: Snapshot, key: str) -> list[str]:
+    """Archived runs are offered only where a link or another page names them."""
+    wanted = st.session_state.get(key, st.query_params.get_all(key))
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    current = snapshot.current or snapshot.newest_first
+    return [name for name in snapshot.newest_first if name in current or name in wanted]
+
+
+def chart(drawn: ChartType, key: str, alt_text: str) -> None:
+    """Show a chart, described for who cannot see it, with its SVG to download."""
+    st.altair_chart(drawn, key=key, alt=alt_text)
+    svg_of(drawn, key)
+
+
+def svg_of(drawn: ChartType, key: str) -> None:
+    """A small button that downloads a chart as SVG; it is drawn only then."""
+    st.download_button(
+        "SVG",
+        lambda: to_svg(drawn).encode(),
+        file_name=f"thaw-{key}.svg",
+        mime="image/svg+xml",
+        key=f"svg-{key}",
+        type="tertiary",
+        on_click="ignore",
+        icon=":material/download:",
+        help="This chart as a vector graphic",
+    )
 
 
 def verdicts(

@@ -10,7 +10,7 @@ import streamlit as st
 from explorer.data import Snapshot
 from explorer.evidence import findings
 from explorer.overview import constants_line, folded, overview, search, selected_ids
-from explorer.pages import compare, parts
+from explorer.pages import parts
 
 _PERCENT: Final = "%.2f%%"
 
@@ -81,5 +81,4 @@ def _compare(chosen: list[str]) -> None:
         return
     label = "Compare this run" if len(chosen) == 1 else f"Compare these {len(chosen)} runs"
     if st.button(label, type="primary"):
-        st.session_state["runs"] = chosen
-        st.switch_page(st.Page(compare.page, url_path="compare"))
+        parts.go("compare", runs=chosen)
