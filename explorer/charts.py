@@ -1,4 +1,4 @@
-"""Charts: pure functions from a frame (explorer.data.epochs_frame) to an Altair chart.
+"""The overlay: curves of many runs as one Altair chart, from a frame of explorer.data.epochs_frame.
 
 Every colour is legible on the light and on the dark theme, because Streamlit restyles axes and
 legends but not marks. Scales that depend on the data are left to Vega, so that a live run changes a
@@ -8,16 +8,14 @@ chart's data and never its specification: Streamlit then updates it in place, wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import altair as alt
 import pandas as pd
 
-Metric = Literal["accuracy", "loss"]
-Axis = Literal["total", "since"]
-Split = Literal["Train", "Validation"]
+from explorer.curves import PHOTOS, RUN, SPLITS, Axis, Look, Metric, Split, boundaries, long_frame
+from explorer.settings import BEFORE, in_order
 
-SPLITS: Final[tuple[Split, ...]] = ("Train", "Validation")
 # Hues that differ in lightness too (after Okabe & Ito, and Tol), at 3:1 or more on either theme.
 RUN_COLOURS: Final = (
     "#0a84c6",
@@ -34,117 +32,97 @@ RUN_COLOURS: Final = (
     "#8a8a2b",
 )
 TRUNK_COLOURS: Final = ("#7c8792", "#9a8578", "#6f8f8a", "#8d80a0")
-_NOTE_COLOUR: Final = "#7c8792"
+# The second code, for who cannot tell the colours apart: 12 colours and 5 shapes meet again only
+# after 60 runs.
+SHAPES: Final = ("circle", "square", "triangle-up", "diamond", "cross")
+DASHES: Final = ([1, 0], [6, 3], [2, 2], [10, 3, 2, 3], [12, 4], [1, 4])
+NOTE_COLOUR: Final = "#7c8792"
 _BAND_COLOUR: Final = "#e0a030"
 _FADED: Final = 0.1
 _PLOT_HEIGHT: Final = 320
 _AROUND_PLOT: Final = 150  # title, split legend, axis and its title: Streamlit fits all into height
-_LEGEND_ROW: Final = 20
+_LEGEND_ROW: Final = 26
 _WIDE_LABEL: Final = 20
-
-_COLUMN: Final[dict[tuple[Metric, Split], str]] = {
-    ("accuracy", "Train"): "train_acc",
-    ("accuracy", "Validation"): "val_acc",
-    ("loss", "Train"): "train_loss",
-    ("loss", "Validation"): "val_loss",
-}
-_AXIS_COLUMN: Final[dict[Axis, str]] = {"total": "epoch", "since": "since_unfreeze"}
 _AXIS_TITLE: Final[dict[Axis, str]] = {"total": "Epoch", "since": "Epochs since unfreezing"}
 
 
-def colours(frame: pd.DataFrame) -> dict[str, str]:
-    """The colour of each run by its label: trunks in quiet tones, the others in the palette."""
-    trunks = frame.loc[frame["role"] == "trunk", "run"].unique()
-    others = frame.loc[frame["role"] == "run", "run"].unique()
-    return _cycle(list(trunks), TRUNK_COLOURS) | _cycle(list(others), RUN_COLOURS)
+def colours(frame: pd.DataFrame, by: str = RUN) -> dict[str, str]:
+    """The colour of each run by its label, or of each value of a setting: trunks in quiet tones,
+    the others in the palette."""
+    trunks = frame.loc[frame["role"] == "trunk", "run" if by == RUN else by].unique()
+    others = frame.loc[frame["role"] == "run", "run" if by == RUN else by].unique()
+    ordered = list(others) if by == RUN else in_order(list(others))
+    return _cycle(list(trunks), TRUNK_COLOURS) | _cycle(ordered, RUN_COLOURS)
+
+
+def run_colours(frame: pd.DataFrame, by: str = RUN) -> dict[str, str]:
+    """The colour in which each run is drawn, by run id."""
+    palette = colours(frame, by)
+    drawn = frame.drop_duplicates("run_id").set_index("run_id")["run" if by == RUN else by]
+    return {str(run_id): palette[value] for run_id, value in drawn.items()}
 
 
 def _cycle(names: Sequence[str], palette: Sequence[str]) -> dict[str, str]:
     return {name: palette[place % len(palette)] for place, name in enumerate(names)}
 
 
-def around_boundary(frame: pd.DataFrame, before: int = 3) -> pd.DataFrame:
-    """The epochs after unfreezing and the last `before` ahead of it, where the scale of the first
-    epochs would flatten the difference; runs without a boundary stay whole."""
-    return frame[frame["boundary"].isna() | (frame["since_unfreeze"] >= -before)]
-
-
-def long_frame(
-    frame: pd.DataFrame, metric: Metric, axis: Axis, splits: Sequence[Split]
-) -> pd.DataFrame:
-    """One row per drawn point: run, series, phase, epoch, phase_epoch, split, x, value, mark.
-
-    Points that were not measured, or have no place on the axis, are absent. On the total axis a
-    trunk that selected runs left at several boundaries is there only once. `mark` is "best" for
-    the best validation point of a run's phase, "start" for its evaluation where it left its parent,
-    or "".
-    """
-    parts = [frame.assign(split=name, value=frame[_COLUMN[metric, name]]) for name in splits]
-    rows = pd.concat(parts) if parts else frame.assign(split="", value=float("nan"))
-    rows = rows.assign(x=rows[_AXIS_COLUMN[axis]], series=rows["run_id"])
-    if axis == "total":
-        rows = rows.drop_duplicates(["run_id", "split", "phase", "phase_epoch"])
-    else:
-        rows["series"] = rows["run_id"] + " " + rows["boundary"].astype(str)
-    rows = rows.dropna(subset=["x", "value"]).reset_index(drop=True)
-    rows["mark"] = _marks(rows, metric)
-    names = ["run", "series", "phase", "epoch", "phase_epoch", "split", "x", "value", "mark"]
-    return rows[names]
-
-
-def _marks(rows: pd.DataFrame, metric: Metric) -> pd.Series[str]:
-    marks = pd.Series("", index=rows.index, dtype="str")
-    drawn = rows[(rows["split"] == "Validation") & (rows["role"] == "run")]
-    start = (drawn["phase_epoch"] == 0) & (drawn["since_unfreeze"] == 0)
-    marks[drawn[start].index] = "start"
-    trained = drawn[(drawn["phase_epoch"] > 0) | (drawn["phase"] == "direct")]
-    # As the checkpoint was chosen: of several epochs with the highest accuracy, the lowest loss.
-    order = ["value", "val_loss"] if metric == "accuracy" else ["value"]
-    ranked = trained.sort_values(order, ascending=[metric == "loss", True][: len(order)])
-    marks[ranked.groupby(["run_id", "phase"]).head(1).index] = "best"
-    return marks
-
-
-def boundaries(frame: pd.DataFrame, axis: Axis) -> pd.DataFrame:
-    """The shaded regions: one row (start, end, text) per boundary, in the axis's own units."""
-    unfrozen = frame[(frame["role"] == "run") & (frame["phase"] == "finetune")]
-    rows = unfrozen.assign(start=unfrozen["boundary"], end=unfrozen["epoch"])
-    if axis == "since":
-        rows = rows.assign(start=0.0, end=unfrozen["since_unfreeze"])
-    ends = rows.groupby("start", as_index=False)["end"].max()
-    # A run that has only just been unfrozen still shows a region, one epoch wide.
-    return ends.assign(end=ends["end"].clip(lower=ends["start"] + 1), text="unfrozen")
-
-
 def overlay(
-    frame: pd.DataFrame, metric: Metric, axis: Axis, splits: Sequence[Split] = SPLITS
+    frame: pd.DataFrame,
+    metric: Metric,
+    axis: Axis,
+    splits: Sequence[Split] = SPLITS,
+    look: Look | None = None,
+    title: str = "",
 ) -> alt.LayerChart:
     """The curves of many runs over each other, with the unfreeze boundary as a rule and a band.
 
-    `frame` is explorer.data.epochs_frame. Validation is solid, training dashed, colour is the run.
-    A click on a legend entry brings its run out, also beside others; a second click lets it go.
+    `frame` is explorer.data.epochs_frame, with settings where `look` names one, and of seed_means
+    where groups are drawn as mean and range. A click on a legend entry brings its runs out, also
+    beside others; a second click lets them go. Ctrl and the wheel zoom, dragging moves, a double
+    click shows all again.
     """
-    rows = long_frame(frame, metric, axis, splits)
-    chosen = alt.selection_point(name="chosen", fields=["run"], bind="legend", toggle="true")
+    look = look or Look()
+    rows = long_frame(frame, metric, axis, splits, look)
+    chosen = alt.selection_point(name="chosen", fields=["colour"], bind="legend", toggle="true")
     hover = alt.selection_point(
         name="hover", nearest=True, on="pointermove", clear="pointerout", empty=False
     )
     base = alt.Chart(rows).encode(
-        x=_x(axis), y=_y(rows, metric), color=_colour(frame), tooltip=_tooltip(metric)
+        x=_x(axis),
+        y=_y(rows, metric, look),
+        color=_colour(frame, look),
+        tooltip=_tooltip(metric, look),
     )
     # Vega-Lite makes a legend clickable only if the first layer that has it holds the selection.
     lines = (
-        base.mark_line(strokeWidth=2, strokeJoin="round")
-        .encode(strokeDash=_dash(splits), detail="series:N", opacity=_visible(chosen))
-        .add_params(chosen)
+        base.mark_line(strokeWidth=2, strokeJoin="round", clip=True)
+        .encode(detail="series:N", opacity=_visible(chosen), **_styles(rows, splits, look))
+        .add_params(chosen, _zoom())
     )
     # On top, or the pointer would meet a line, whose tooltip is that of its first epoch.
     pointer = base.mark_point(size=80, opacity=0).add_params(hover)
-    layers = [*_boundary(frame, metric, axis), lines, *_dots(base, chosen, hover), pointer]
-    heading = "Accuracy" if metric == "accuracy" else "Loss"
+    measured = base.encode(y=_y(rows, metric, look, "raw"))
+    behind = _behind(measured, _y(rows, metric, look, "low"), rows, chosen, look)
+    dots = _dots(measured, chosen, _shape(frame, look))
+    under = base.mark_circle(size=110, clip=True).encode(
+        opacity=alt.when(hover).then(alt.value(1)).otherwise(alt.value(0))
+    )
+    layers = [*_boundary(frame, metric, axis), lines, *behind, *dots, under, pointer]
+    heading = title or ("Accuracy" if metric == "accuracy" else "Loss")
     return alt.LayerChart(layer=layers).properties(
         title=alt.Title(heading, anchor="start", offset=12),
-        height=_PLOT_HEIGHT + _AROUND_PLOT + _LEGEND_ROW * _legend_rows(frame),
+        height=_PLOT_HEIGHT + _AROUND_PLOT + _LEGEND_ROW * _legend_rows(frame, look),
+    )
+
+
+def _zoom() -> alt.Parameter:
+    # With Ctrl, or the wheel would no longer scroll the page; a finger scrolls it too.
+    return alt.selection_interval(
+        name="zoom",
+        bind="scales",
+        zoom="wheel![event.ctrlKey || event.metaKey]",
+        translate="[pointerdown[event.pointerType !== 'touch'], window:pointerup] > "
+        "window:pointermove!",
     )
 
 
@@ -156,26 +134,36 @@ def _x(axis: Axis) -> alt.X:
     )
 
 
-def _y(rows: pd.DataFrame, metric: Metric) -> alt.Y:
+def _y(rows: pd.DataFrame, metric: Metric, look: Look, column: str = "value") -> alt.Y:
     spread = rows["value"].max() - rows["value"].min() if len(rows) else 1.0
     percent = ".1%" if spread < 0.05 else ".0%"
     ticks = alt.Axis(format=percent if metric == "accuracy" else "~g", tickCount=6)
-    return alt.Y("value:Q", title=None, axis=ticks, scale=alt.Scale(zero=False))
+    logarithmic = look.log and metric == "loss"
+    scale = alt.Scale(type="log", nice=False) if logarithmic else alt.Scale(zero=False)
+    return alt.Y(f"{column}:Q", title=None, axis=ticks, scale=scale)
 
 
-def _colour(frame: pd.DataFrame) -> alt.Color:
-    palette = colours(frame)
-    legend = alt.Legend(
+def _colour(frame: pd.DataFrame, look: Look) -> alt.Color:
+    palette = colours(frame, look.colour)
+    scale = alt.Scale(domain=list(palette), range=list(palette.values()))
+    return alt.Color("colour:N", scale=scale, legend=_legend(palette, look))
+
+
+def _shape(frame: pd.DataFrame, look: Look) -> alt.Shape:
+    palette = colours(frame, look.colour)
+    scale = alt.Scale(domain=list(palette), range=list(_cycle(list(palette), SHAPES).values()))
+    return alt.Shape("colour:N", scale=scale, legend=_legend(palette, look))
+
+
+def _legend(palette: dict[str, str], look: Look) -> alt.Legend:
+    return alt.Legend(
         orient="bottom",
-        title=None,
+        title=None if look.colour == RUN else look.colour,
         columns=_legend_columns(palette),
         labelLimit=320,
-        symbolType="stroke",
-        symbolStrokeWidth=3,
-        symbolSize=220,
+        symbolSize=90,
+        symbolType="circle",
     )
-    scale = alt.Scale(domain=list(palette), range=list(palette.values()))
-    return alt.Color("run:N", scale=scale, legend=legend)
 
 
 def _legend_columns(names: Sequence[str] | dict[str, str]) -> int:
@@ -183,59 +171,98 @@ def _legend_columns(names: Sequence[str] | dict[str, str]) -> int:
     return 1 if any(len(name) > _WIDE_LABEL for name in names) else 2
 
 
-def _legend_rows(frame: pd.DataFrame) -> int:
-    palette = colours(frame)
-    return -(-len(palette) // _legend_columns(palette))
+def _legend_rows(frame: pd.DataFrame, look: Look) -> int:
+    palette = colours(frame, look.colour)
+    title = 0 if look.colour == RUN else 1
+    return -(-len(palette) // _legend_columns(palette)) + title
 
 
-def _dash(splits: Sequence[Split]) -> alt.StrokeDash:
-    legend = alt.Legend(orient="top", title=None, symbolType="stroke", symbolSize=300)
-    scale = alt.Scale(domain=["Validation", "Train"], range=[[1, 0], [4, 4]])
-    return alt.StrokeDash("split:N", scale=scale, legend=legend if len(splits) > 1 else None)
+def _styles(rows: pd.DataFrame, splits: Sequence[Split], look: Look) -> dict[str, Any]:
+    """Dashes tell training from validation; where they stand for a setting, the width does."""
+    many = len(splits) > 1
+    split_legend = alt.Legend(orient="top", title=None, symbolType="stroke", symbolSize=300)
+    if look.dash == PHOTOS:
+        scale = alt.Scale(domain=["Validation", "Train"], range=[[1, 0], [4, 4]])
+        legend = split_legend if many else None
+        return {"strokeDash": alt.StrokeDash("dash:N", scale=scale, legend=legend)}
+    values = in_order([value for value in rows["dash"] if value != BEFORE])
+    legend = alt.Legend(orient="top", title=look.dash, symbolType="stroke", symbolSize=300)
+    scale = alt.Scale(
+        domain=[*values, BEFORE],
+        range=[*(DASHES[place % len(DASHES)] for place in range(len(values))), DASHES[0]],
+    )
+    width = alt.Scale(domain=["Validation", "Train"], range=[2.5, 0.9])
+    return {
+        "strokeDash": alt.StrokeDash("dash:N", scale=scale, legend=legend),
+        "strokeWidth": alt.StrokeWidth(
+            "split:N", scale=width, legend=split_legend if many else None
+        ),
+    }
 
 
-def _tooltip(metric: Metric) -> list[alt.Tooltip]:
-    value = ".2%" if metric == "accuracy" else ".4f"
+def _tooltip(metric: Metric, look: Look) -> list[alt.Tooltip]:
+    form = ".2%" if metric == "accuracy" else ".4f"
+    smoothed = [alt.Tooltip("value:Q", title="Smoothed", format=form)] if look.smoothing else []
     return [
         alt.Tooltip("run:N", title="Run"),
         alt.Tooltip("phase:N", title="Phase"),
         alt.Tooltip("epoch:Q", title="Epoch", format="d"),
         alt.Tooltip("phase_epoch:Q", title="Epoch of the phase", format="d"),
         alt.Tooltip("split:N", title="Photos"),
-        alt.Tooltip("value:Q", title=metric.capitalize(), format=value),
+        alt.Tooltip("raw:Q", title=metric.capitalize(), format=form),
+        *smoothed,
     ]
 
 
 def _boundary(frame: pd.DataFrame, metric: Metric, axis: Axis) -> list[alt.Chart]:
     base = alt.Chart(boundaries(frame, axis)).encode(x="start:Q")
-    band = base.mark_rect(color=_BAND_COLOUR, opacity=0.09).encode(x2="end:Q")
-    rule = base.mark_rule(color=_BAND_COLOUR, strokeWidth=1.5)
+    band = base.mark_rect(color=_BAND_COLOUR, opacity=0.09, clip=True).encode(x2="end:Q")
+    rule = base.mark_rule(color=_BAND_COLOUR, strokeWidth=1.5, clip=True)
     # Where the curves are not: accuracy ends high, loss ends low.
     low = metric == "accuracy"
     text = base.mark_text(
-        color=_NOTE_COLOUR,
+        color=NOTE_COLOUR,
         align="left",
         baseline="bottom" if low else "top",
         dx=6,
         dy=-5 if low else 5,
         fontSize=12,
+        clip=True,
     ).encode(y=alt.value(alt.expr("height") if low else 0), text="text:N")
     return [band, rule, text]
 
 
-def _dots(base: alt.Chart, chosen: alt.Parameter, hover: alt.Parameter) -> list[alt.Chart]:
-    """A ring at the boundary, a disc at the best epoch, and the point under the pointer."""
-    ring = base.mark_point(size=60, strokeWidth=2).encode(opacity=_visible(chosen))
-    disc = base.mark_circle(size=70).encode(opacity=_visible(chosen))
-    pointed = base.mark_circle(size=110).encode(
-        opacity=alt.when(hover).then(alt.value(1)).otherwise(alt.value(0))
-    )
+def _behind(
+    measured: alt.Chart, low: alt.Y, rows: pd.DataFrame, chosen: alt.Parameter, look: Look
+) -> list[alt.Chart]:
+    """What the lines stand for: the range of the seeds, and the values before smoothing."""
+    layers = []
+    if len(rows) and rows["seeds"].max() > 1:
+        area = measured.mark_area(clip=True).encode(
+            y=low,
+            y2="high:Q",
+            detail=["series:N", "split:N"],
+            opacity=_visible(chosen, 0.16, 0.02),
+        )
+        layers.append(area.transform_filter(alt.datum.split == "Validation"))
+    if look.smoothing:
+        layers.append(
+            measured.mark_line(strokeWidth=1, clip=True).encode(
+                detail=["series:N", "split:N"], opacity=_visible(chosen, 0.3, 0.03)
+            )
+        )
+    return layers
+
+
+def _dots(measured: alt.Chart, chosen: alt.Parameter, shape: alt.Shape) -> list[alt.Chart]:
+    """A ring at the boundary, and the run's own shape at its best epoch."""
+    ring = measured.mark_point(size=60, strokeWidth=2, clip=True)
+    best = measured.mark_point(size=75, filled=True, clip=True).encode(shape=shape)
     return [
-        ring.transform_filter(alt.datum.mark == "start"),
-        disc.transform_filter(alt.datum.mark == "best"),
-        pointed,
+        layer.encode(opacity=_visible(chosen)).transform_filter(alt.datum.mark == mark)
+        for layer, mark in ((ring, "start"), (best, "best"))
     ]
 
 
-def _visible(chosen: alt.Parameter) -> Any:
-    return alt.condition(chosen, alt.value(1), alt.value(_FADED))
+def _visible(chosen: alt.Parameter, shown: float = 1, faded: float = _FADED) -> Any:
+    return alt.condition(chosen, alt.value(shown), alt.value(faded))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -137,6 +137,34 @@ def table(rows: Sequence[Summary]) -> pd.DataFrame:
             "Time": pd.Series([row.seconds for row in rows], dtype="float64"),
         }
     )
+
+
+def group_table(rows: Sequence[Summary], groups: Mapping[str, str]) -> pd.DataFrame:
+    """Runs that differ only in their seed as one row each: means, and the range of the change."""
+    frame = pd.DataFrame(
+        {
+            "Settings": [groups[row.run_id] for row in rows],
+            "best": _hundredfold([row.best_acc for row in rows]),
+            "change": _hundredfold([row.change for row in rows]),
+            "loss": pd.Series([row.best_loss for row in rows], dtype="float64"),
+        }
+    )
+    means = frame.groupby("Settings", sort=False).agg(
+        Runs=("best", "size"),
+        mean=("best", "mean"),
+        change=("change", "mean"),
+        lowest=("change", "min"),
+        highest=("change", "max"),
+        loss=("loss", "mean"),
+    )
+    names = {
+        "mean": "Best accuracy",
+        "change": "Change",
+        "lowest": "Lowest change",
+        "highest": "Highest change",
+        "loss": "Best loss",
+    }
+    return means.rename(columns=names).reset_index()
 
 
 def _hundredfold(fractions: Sequence[float | None]) -> pd.Series[float]:

@@ -8,17 +8,18 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from explorer.charts import (
-    RUN_COLOURS,
+from explorer.charts import RUN_COLOURS, SHAPES, TRUNK_COLOURS, colours, overlay, run_colours
+from explorer.curves import (
     SPLITS,
-    TRUNK_COLOURS,
+    Look,
     around_boundary,
     boundaries,
-    colours,
     long_frame,
-    overlay,
+    panel,
+    seed_means,
 )
 from explorer.data import Library, epochs_frame, lineage
+from explorer.settings import varied, with_settings, without_seed
 from tests.explorer_runs import write_finetune, write_run, write_trunk
 
 
@@ -96,13 +97,13 @@ def test_colour_is_the_run_and_dash_the_split(frame: pd.DataFrame) -> None:
     assert palette == {"trunk": TRUNK_COLOURS[0], "a": RUN_COLOURS[0], "b": RUN_COLOURS[1]}
     [line] = layers(overlay(frame, "accuracy", "total").to_dict())["line"]
     encoding = line["encoding"]
-    assert encoding["color"]["field"] == "run"
+    assert encoding["color"]["field"] == "colour"
     assert encoding["color"]["scale"] == {
         "domain": list(palette),
         "range": list(palette.values()),
     }
     dash = encoding["strokeDash"]
-    assert (dash["field"], dash["scale"]["domain"]) == ("split", ["Validation", "Train"])
+    assert (dash["field"], dash["scale"]["domain"]) == ("dash", ["Validation", "Train"])
     assert dash["scale"]["range"][0] == [1, 0]
 
 
@@ -111,7 +112,7 @@ def test_the_legend_selects_from_the_first_layer_that_has_it(frame: pd.DataFrame
     spec = overlay(frame, "accuracy", "total").to_dict()
     chosen = next(param for param in spec["params"] if param["name"] == "chosen")
     assert chosen["bind"] == "legend"
-    assert chosen["select"]["fields"] == ["run"]
+    assert chosen["select"]["fields"] == ["colour"]
     first = next(layer for layer in spec["layer"] if "color" in layer.get("encoding", {}))
     assert chosen["views"] == [first["name"]]
     assert first["mark"]["type"] == "line"
@@ -155,8 +156,8 @@ def _without_data(spec: dict[str, Any], run_id: str) -> dict[str, Any]:
         name = layer["data"]["name"]
         layer["data"] = names.setdefault(name, str(len(names)))
         layer.pop("name", None)
-        scale = layer["encoding"].get("color", {}).get("scale", {})
-        scale.pop("domain", None)  # two runs in this test, so two names
+        for channel in ("color", "shape"):  # two runs in this test, so two names
+            layer["encoding"].get(channel, {}).get("scale", {}).pop("domain", None)
     for param in spec["params"]:
         param.pop("views")
     return spec
@@ -182,6 +183,132 @@ def test_more_runs_than_colours(tmp_path: Path) -> None:
     palette = colours(frame_of(tmp_path, *ids))
     assert palette["r12"] == palette["r0"]
     overlay(frame_of(tmp_path, *ids), "accuracy", "since").to_dict()
+
+
+def test_more_runs_than_colours_differ_in_shape(tmp_path: Path) -> None:
+    ids = [write_run(tmp_path, f"r{i}", [0.1, 0.2]).run_id for i in range(14)]
+    spec = overlay(frame_of(tmp_path, *ids), "accuracy", "total").to_dict()
+    [best] = [layer for layer in spec["layer"] if "shape" in layer.get("encoding", {})]
+    shape, colour = (best["encoding"][channel]["scale"] for channel in ("shape", "color"))
+    drawn = list(zip(shape["range"], colour["range"], strict=True))
+    assert len(set(drawn)) == 14
+    assert set(shape["range"]) == set(SHAPES)
+
+
+# --- by settings ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> pd.DataFrame:
+    """Two learning rates with two seeds each, from one trunk."""
+    found = Library(_write_seeds(tmp_path)).snapshot()
+    selected = [name for name in found.runs if found.runs[name].phase == "finetune"]
+    assert varied(found, selected) == ["Learning rate", "Seed"]
+    frame = with_settings(epochs_frame(found, lineage(found, selected)[0]), found)
+    return seed_means(frame, without_seed(found, selected))
+
+
+def _write_seeds(runs_dir: Path) -> Path:
+    trunk = write_trunk(runs_dir)
+    for rate, seed, last in ((1e-3, 0, 0.8), (1e-3, 1, 0.6), (1e-5, 0, 0.71), (1e-5, 1, 0.73)):
+        config = {"lr": rate, "unfreeze": "20", "seed": seed}
+        write_run(
+            runs_dir,
+            f"lr{rate}-{seed}",
+            [0.7, last],
+            "finetune",
+            3,
+            parent_run_id=trunk,
+            config=config,
+        )
+    return runs_dir
+
+
+def test_seeds_are_drawn_as_their_mean_and_range(seeds: pd.DataFrame) -> None:
+    rows = long_frame(seeds, "accuracy", "since", ["Validation"])
+    last = rows[rows["x"] == 1].set_index("run")
+    assert sorted(last.index) == ["lr 0.001", "lr 1e-05"]
+    assert last.loc["lr 0.001", ["value", "low", "high"]].tolist() == pytest.approx([0.7, 0.6, 0.8])
+    assert last["seeds"].tolist() == [2, 2]
+    assert (last["mark"] == "best").all()
+    assert rows.groupby("run")["mark"].apply(lambda m: (m == "start").sum()).loc["lr 0.001"] == 1
+    areas = layers(overlay(seeds, "accuracy", "since").to_dict())["area"]
+    assert (areas[0]["encoding"]["y"]["field"], areas[0]["encoding"]["y2"]["field"]) == (
+        "low",
+        "high",
+    )
+
+
+def test_the_mean_of_equal_seeds_is_one_of_them(seeds: pd.DataFrame) -> None:
+    frame = seeds[(seeds["role"] == "trunk") | seeds["run_id"].str.endswith("lr0.001-0")]
+    each = long_frame(frame.drop(columns="group"), "loss", "total", SPLITS)
+    mean = long_frame(frame, "loss", "total", SPLITS)
+    assert mean["value"].tolist() == pytest.approx(each["value"].tolist())
+    assert mean["mark"].tolist() == each["mark"].tolist()
+
+
+def test_colour_and_dash_can_stand_for_settings(seeds: pd.DataFrame) -> None:
+    frame = seeds.drop(columns="group")
+    look = Look(colour="Learning rate", dash="Seed")
+    [line] = layers(overlay(frame, "accuracy", "since", SPLITS, look).to_dict())["line"]
+    assert line["encoding"]["color"]["scale"]["domain"] == ["before unfreezing", "1e-05", "0.001"]
+    dash = line["encoding"]["strokeDash"]["scale"]
+    assert dash["domain"] == ["0", "1", "before unfreezing"]
+    assert dash["range"][0] != dash["range"][1]
+    assert line["encoding"]["strokeWidth"]["field"] == "split"
+    drawn = run_colours(frame, "Learning rate")
+    assert len(set(drawn.values())) == 3  # the trunk, and two rates
+
+
+def test_smoothing_stays_within_a_phase(tmp_path: Path) -> None:
+    run = write_trunk(tmp_path)
+    child = write_finetune(tmp_path, run, "a", [0.7, 0.9, 0.5]).run_id
+    frame = frame_of(tmp_path, child)
+    rows = long_frame(frame, "accuracy", "total", ["Validation"], Look(smoothing=0.5))
+    first = rows[(rows["phase"] == "finetune") & (rows["phase_epoch"] == 0)].iloc[0]
+    assert first["value"] == first["raw"] == 0.7
+    after = rows[rows["phase"] == "finetune"]
+    # Weights 1/2 and 1, then 1/4, 1/2 and 1, as TensorBoard's without bias.
+    assert after["value"].tolist() == pytest.approx(
+        [0.7, (0.35 + 0.9) / 1.5, (0.175 + 0.45 + 0.5) / 1.75]
+    )
+    assert after["raw"].tolist() == [0.7, 0.9, 0.5]
+    look = Look(smoothing=0.5)
+    found = layers(overlay(frame, "accuracy", "total", SPLITS, look).to_dict())
+    assert [line["encoding"]["y"]["field"] for line in found["line"]] == ["value", "raw"]
+
+
+def test_a_logarithmic_loss(frame: pd.DataFrame) -> None:
+    for metric, kind in (("loss", "log"), ("accuracy", None)):
+        spec = overlay(frame, metric, "total", SPLITS, Look(log=True)).to_dict()  # type: ignore[arg-type]
+        [line] = layers(spec)["line"]
+        assert line["encoding"]["y"]["scale"].get("type") == kind
+
+
+def test_panels_hold_each_epoch_once(frame: pd.DataFrame) -> None:
+    before = long_frame(panel(frame, "before"), "accuracy", "total", ["Validation"])
+    after = long_frame(panel(frame, "after"), "accuracy", "since", ["Validation"])
+    assert before[["run", "x"]].values.tolist() == [["trunk", x] for x in range(4)]
+    assert after[after["run"] == "a"]["x"].tolist() == [0, 1, 2]
+    assert after["x"].min() == 0
+
+
+def test_the_wheel_zooms_only_with_a_key(frame: pd.DataFrame) -> None:
+    spec = overlay(frame, "accuracy", "total").to_dict()
+    zoom = next(param for param in spec["params"] if param["name"] == "zoom")
+    assert zoom["bind"] == "scales"
+    assert "ctrlKey" in zoom["select"]["zoom"]
+    assert "touch" in zoom["select"]["translate"]
+
+
+def test_long_curves_are_thinned_but_keep_marks_and_ends(tmp_path: Path) -> None:
+    accuracies = [0.5] * 3001
+    accuracies[1777] = 0.9
+    run = write_run(tmp_path, "long", accuracies).run_id
+    rows = long_frame(frame_of(tmp_path, run), "accuracy", "total", ["Validation"])
+    assert len(rows) < 600
+    assert {0, 1777, 3000} <= set(rows["epoch"])
+    assert rows[rows["mark"] == "best"]["epoch"].tolist() == [1777]
 
 
 def test_nothing_to_draw_is_still_a_chart(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ _STYLE: Final = """<style>
   position: relative; top: .05rem}
 .thaw-name {font-weight: 600; margin-right: .6rem}
 .thaw-small {font-size: .875rem; opacity: .68; margin-bottom: .2rem}
+.thaw-headline {font-size: 1.2rem; font-weight: 600; margin-bottom: .2rem; overflow-wrap: anywhere}
 .thaw-says {overflow-wrap: anywhere}
 .thaw-label {font-size: 1.35rem; font-weight: 600; line-height: 1.25; overflow-wrap: anywhere}
 .thaw-bar {display: grid; grid-template-columns: minmax(0, 9rem) minmax(0, 1fr) 3.6rem;
@@ -234,19 +235,28 @@ def svg_of(drawn: ChartType, key: str) -> None:
     )
 
 
+def headline(text: str, warning: str) -> None:
+    """What all runs together say, in a line of its own, with a warning where one belongs to it."""
+    lines = [("thaw-headline", text), ("thaw-small", warning)]
+    said = "".join(f'<div class="{kind}">{escape(line)}</div>' for kind, line in lines if line)
+    if said:
+        st.html(said)
+
+
 def verdicts(
-    rows: Sequence[Summary], colours: dict[str, str], evidence: Mapping[str, Sequence[str]]
+    rows: Sequence[Summary], colours: Mapping[str, str], notes: Mapping[str, Sequence[str]]
 ) -> None:
-    """For each run its colour, its name, what unfreezing did, and the evidence for it by run id."""
+    """For each run its colour, its name, what unfreezing did, and what else there is to say of it;
+    colours and notes are by run id."""
     items = "".join(
-        _verdict(row, colours.get(row.label, "currentColor"), evidence.get(row.run_id, ()))
+        _verdict(row, colours.get(row.run_id, "currentColor"), notes.get(row.run_id, ()))
         for row in rows
     )
     st.html(f'<div class="thaw-verdicts" role="list">{items}</div>')
 
 
-def _verdict(row: Summary, colour: str, evidence: Sequence[str]) -> str:
-    lines = "".join(f'<div class="thaw-small">{escape(line)}</div>' for line in evidence)
+def _verdict(row: Summary, colour: str, notes: Sequence[str]) -> str:
+    lines = "".join(f'<div class="thaw-small">{escape(line)}</div>' for line in notes)
     return (
         '<div class="thaw-verdict" role="listitem">'
         f'<span class="thaw-swatch" style="background:{colour}"></span>'
