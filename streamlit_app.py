@@ -13,8 +13,8 @@ import streamlit as st
 @asynccontextmanager
 async def _warm_up(app: st.App) -> AsyncIterator[None]:
     """Import pandas and Altair while the browser is still opening: over half a second."""
-    pages = ("explorer.pages.app",)
-    threading.Thread(target=importlib.import_module, args=pages, daemon=True).start()
+    first = ("explorer.pages.compare",)
+    threading.Thread(target=importlib.import_module, args=first, daemon=True).start()
     yield
 
 

@@ -39,6 +39,7 @@ DASHES: Final = ([1, 0], [6, 3], [2, 2], [10, 3, 2, 3], [12, 4], [1, 4])
 NOTE_COLOUR: Final = "#7c8792"
 _BAND_COLOUR: Final = "#e0a030"
 _FADED: Final = 0.1
+_MARK: Final = 6  # half a mark, which is cut off outside the plot
 _PLOT_HEIGHT: Final = 320
 _AROUND_PLOT: Final = 150  # title, split legend, axis and its title: Streamlit fits all into height
 _LEGEND_ROW: Final = 26
@@ -95,7 +96,7 @@ def overlay(
     )
     # Vega-Lite makes a legend clickable only if the first layer that has it holds the selection.
     lines = (
-        base.mark_line(strokeWidth=2, strokeJoin="round", clip=True)
+        base.mark_line(strokeJoin="round", clip=True)
         .encode(detail="series:N", opacity=_visible(chosen), **_styles(rows, splits, look))
         .add_params(chosen, _zoom())
     )
@@ -130,7 +131,10 @@ def _x(axis: Axis) -> alt.X:
     ticks = alt.Axis(format="d", tickMinStep=1, tickCount=10, grid=False)
     # No "nice": it would leave an empty stretch after the last epoch.
     return alt.X(
-        "x:Q", title=_AXIS_TITLE[axis], axis=ticks, scale=alt.Scale(nice=False, zero=False)
+        "x:Q",
+        title=_AXIS_TITLE[axis],
+        axis=ticks,
+        scale=alt.Scale(nice=False, zero=False, padding=_MARK),
     )
 
 
@@ -139,7 +143,11 @@ def _y(rows: pd.DataFrame, metric: Metric, look: Look, column: str = "value") ->
     percent = ".1%" if spread < 0.05 else ".0%"
     ticks = alt.Axis(format=percent if metric == "accuracy" else "~g", tickCount=6)
     logarithmic = look.log and metric == "loss"
-    scale = alt.Scale(type="log", nice=False) if logarithmic else alt.Scale(zero=False)
+    scale = (
+        alt.Scale(type="log", nice=False, padding=_MARK)
+        if logarithmic
+        else alt.Scale(zero=False, padding=_MARK)
+    )
     return alt.Y(f"{column}:Q", title=None, axis=ticks, scale=scale)
 
 
@@ -184,7 +192,8 @@ def _styles(rows: pd.DataFrame, splits: Sequence[Split], look: Look) -> dict[str
     if look.dash == PHOTOS:
         scale = alt.Scale(domain=["Validation", "Train"], range=[[1, 0], [4, 4]])
         legend = split_legend if many else None
-        return {"strokeDash": alt.StrokeDash("dash:N", scale=scale, legend=legend)}
+        dash = alt.StrokeDash("dash:N", scale=scale, legend=legend)
+        return {"strokeDash": dash, "strokeWidth": alt.value(2)}
     values = in_order([value for value in rows["dash"] if value != BEFORE])
     legend = alt.Legend(orient="top", title=look.dash, symbolType="stroke", symbolSize=300)
     scale = alt.Scale(

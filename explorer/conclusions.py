@@ -92,10 +92,11 @@ def headline(rows: Sequence[Summary], found: Mapping[str, Findings]) -> str:
     p = adjusted({name: one for name, one in found.items() if name in {r.run_id for r in changed}})
     beyond = [row for row in changed if p.get(row.run_id, 1.0) < SIGNIFICANT]
     better = sum((row.change or 0.0) > 0 for row in beyond)
-    leading = f"{points(best.change or 0.0)} points for {best.label}"
-    if not p:
-        return f"Largest change of {len(changed)} runs: {leading}."
-    return f"{_tally(better, len(beyond) - better, len(p))} Largest change: {leading}."
+    leading = f"Highest: {points(best.change or 0.0)} points for {best.label}."
+    if not best.change:
+        leading = "" if p else f"None of {len(changed)} runs gained by unfreezing."
+    tally = _tally(better, len(beyond) - better, len(p)) if p else ""
+    return f"{tally} {leading}".strip()
 
 
 def _tally(better: int, worse: int, tested: int) -> str:

@@ -83,7 +83,7 @@ def test_the_headline_counts_what_is_beyond_chance(tmp_path: Path) -> None:
     snapshot = Library(tmp_path).snapshot()
     rows = summaries(snapshot, ids)
     assert headline(rows[:1], {}) == ""
-    assert headline(rows, {}) == "Largest change of 2 runs: +10.0 points for a."
+    assert headline(rows, {}) == "Highest: +10.0 points for a."
     p = {ids[0]: 1e-6, ids[1]: 1e-6}
     found = {n: Findings(Evidence(200, 20, 0, 0.05, 0.15, p[n]), None) for n in ids}
     assert headline(rows, found).startswith(

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import streamlit as st
 
-from explorer.pages import changed, classify, compare, export, importing, runs, sweep
+from explorer.pages import parts
+
+_TITLES: Final[dict[parts.PageName, str]] = {
+    "compare": "Compare",
+    "runs": "Runs",
+    "sweep": "Sweep",
+    "changed": "What changed",
+    "classify": "Classify",
+    "export": "Export",
+    "importing": "Import",
+}
 
 
 def main() -> None:
     st.set_page_config(page_title="Thaw", layout="wide")
     pages = [
-        st.Page(compare.page, title="Compare", url_path="compare", default=True),
-        st.Page(runs.page, title="Runs", url_path="runs"),
-        st.Page(sweep.page, title="Sweep", url_path="sweep"),
-        st.Page(changed.page, title="What changed", url_path="changed"),
-        st.Page(classify.page, title="Classify", url_path="classify"),
-        st.Page(export.page, title="Export", url_path="export"),
-        st.Page(importing.page, title="Import", url_path="importing"),
+        st.Page(parts.opener(name), title=title, url_path=name, default=name == "compare")
+        for name, title in _TITLES.items()
     ]
     st.navigation(pages, position="top").run()
 

@@ -146,8 +146,17 @@ def go(page: PageName, **state: str | list[str]) -> NoReturn:
     """Open another page with these widgets set, such as run="20260101-120000-name"."""
     for name, value in state.items():
         st.session_state[name] = value
-    # By name: pages that lead to each other cannot import each other.
-    st.switch_page(st.Page(import_module(f"explorer.pages.{page}").page, url_path=page))
+    st.switch_page(st.Page(opener(page), url_path=page))
+
+
+def opener(page: PageName) -> Callable[[], None]:
+    """The page, imported when it is first opened: the start does not wait for all of them, and
+    pages can lead to each other."""
+
+    def open_page() -> None:
+        import_module(f"explorer.pages.{page}").page()
+
+    return open_page
 
 
 def one_of(label: str, options: Sequence[str], key: str, help: str | None = None) -> str:

@@ -72,6 +72,60 @@ def test_the_axis_switches_and_the_link_keeps_it(app: str, open_page: OpenPage) 
     expect(chart(again).locator(".role-axis-title")).to_have_text("Epochs since unfreezing")
 
 
+def test_colour_and_dash_stand_for_settings_and_the_link_keeps_it(
+    app: str, open_page: OpenPage
+) -> None:
+    page = open_page(f"{app}?colour=Learning+rate&dash=Learning+rate")
+    accuracy = chart(page)
+    expect(legend_entry(accuracy, "0.001").first).to_be_attached()
+    expect(accuracy.locator(".role-legend-title", has_text="Learning rate").first).to_be_attached()
+    widths = set(accuracy.evaluate(LINES.format("stroke-width")))
+    assert widths == {"2.5", "0.9"}  # dashes are taken, so training is thinner
+    page.get_by_role("button", name="More").click()
+    expect(page.get_by_role("combobox", name="Colour stands for")).to_have_value("Learning rate")
+
+
+def test_ctrl_and_the_wheel_zoom_and_a_double_click_shows_all(
+    app: str, open_page: OpenPage
+) -> None:
+    page = open_page(app)
+    accuracy = chart(page)
+    first_epoch = accuracy.locator(".role-axis-label text", has_text=re.compile("^0$"))
+    expect(first_epoch).to_have_count(1)
+    band = accuracy.locator(".mark-rect").first
+    band.hover(force=True)  # through the transparent layer that finds the nearest point
+    page.mouse.wheel(0, -300)
+    page.wait_for_timeout(300)
+    expect(first_epoch).to_have_count(1)  # the wheel alone scrolls the page
+    band.hover(force=True)  # through the transparent layer that finds the nearest point
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -600)
+    page.keyboard.up("Control")
+    expect(first_epoch).to_have_count(0)
+    band.dblclick(force=True)
+    expect(first_epoch).to_have_count(1)
+
+
+def test_before_and_after_stand_side_by_side(app: str, open_page: OpenPage) -> None:
+    page = open_page(f"{app}?axis=Before+and+after")
+    titles = [chart(page, place).locator(".role-title-text") for place in range(4)]
+    for title, words in zip(titles, ("Accuracy", "Accuracy", "Loss", "Loss"), strict=True):
+        expect(title).to_contain_text(words)
+    boxes = [chart(page, place).bounding_box() for place in (0, 1)]
+    assert boxes[0] is not None
+    assert boxes[1] is not None
+    assert boxes[0]["y"] == boxes[1]["y"]
+
+
+def test_a_chart_can_be_had_as_svg(app: str, open_page: OpenPage) -> None:
+    page = open_page(app)
+    chart(page)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="SVG").first.click()
+    assert download.value.suggested_filename == "thaw-chart-accuracy.svg"
+    assert download.value.path().read_text().startswith("<svg")
+
+
 def test_ticked_runs_are_compared(app: str, open_page: OpenPage) -> None:
     page = open_page(app)
     page.get_by_role("link", name="Runs").click()
