@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from trainer.schema import Preprocess, ThawError
 
@@ -13,8 +13,16 @@ FORMAT: Final = 1
 INPUT: Final = "photos"
 OUTPUTS: Final = ("logits", "probabilities")
 
+Which = Literal["before", "after"]
+
 _FORMAT_KEY: Final = "thaw_format"
 _PARITY_KEY: Final = "parity"
+
+
+def file_name(name: str, which: Which) -> str:
+    """The trunk's model gets a name of its own, or it would replace the one the run is for."""
+    stem, _, suffix = name.rpartition(".")
+    return name if which == "after" else f"{stem}-{which}.{suffix}"
 
 
 class ModelFileError(ThawError):

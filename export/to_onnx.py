@@ -12,21 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import onnx
 import torch
 from torch import Tensor, nn
 
 import trainer
-from export.metadata import INPUT, OUTPUTS, ModelMetadata, parity_props
+from export.metadata import INPUT, OUTPUTS, ModelMetadata, Which, file_name, parity_props
 from export.parity import Parity, measure, validation_photos
 from trainer.checkpoint import Checkpoint, load_model
 from trainer.model import TIMM_PREFIX, InputNormalize
 from trainer.runlog import Run, checkpoint_path, write_atomically
 from trainer.schema import MODEL_ONNX, PARITY_JSON, Preprocess, ThawError
-
-Which = Literal["before", "after"]
 
 # What torch's exporter writes natively (others go through a converter), and ONNX Runtime >= 1.15
 # reads.
@@ -70,7 +68,7 @@ def export_run(
     data folder if it has moved. Raises ThawError: ExportError, ParityError, or what is wrong with
     the run or its checkpoint.
     """
-    path = output or run.path / _file_name(MODEL_ONNX, which)
+    path = output or run.path / file_name(MODEL_ONNX, which)
     _refuse_place(path)
     network, checkpoint = load_model(checkpoint_path(run, which))
     photos = validation_photos(run, data)
@@ -89,7 +87,7 @@ def export_run(
         parity=parity,
     )
     _write(exported.path, content)
-    _write(run.path / _file_name(PARITY_JSON, which), _parity_json(exported))
+    _write(run.path / file_name(PARITY_JSON, which), _parity_json(exported))
     return exported
 
 
@@ -165,12 +163,6 @@ def _versions(arch: str) -> dict[str, str]:
     packages = ["torch", "torchvision", "onnx", "onnxscript"]
     packages += ["timm"] if arch.startswith(TIMM_PREFIX) else []
     return {name: metadata.version(name) for name in packages} | {"thaw": trainer.__version__}
-
-
-def _file_name(name: str, which: Which) -> str:
-    """The trunk's model gets a name of its own, or it would replace the one the run is for."""
-    stem, _, suffix = name.rpartition(".")
-    return name if which == "after" else f"{stem}-{which}.{suffix}"
 
 
 def _parity_json(exported: Exported) -> bytes:

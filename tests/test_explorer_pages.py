@@ -139,7 +139,7 @@ def test_broken_runs_are_listed_and_the_others_load(runs: Path) -> None:
     for app in (compare_page(), classify_page()):
         assert not app.exception
         assert app.expander[0].label == "2 runs have a problem"
-        assert set(app.expander[0].table[0].value["Run"]) == {broken.name, torn.run_id}
+        assert set(app.expander[0].dataframe[0].value["Run"]) == {broken.name, torn.run_id}
     assert good in compare_page().multiselect(key="runs").value
 
 

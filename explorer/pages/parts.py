@@ -121,7 +121,7 @@ def problems(snapshot: Snapshot) -> None:
         return
     count = "One run has" if len(found) == 1 else f"{len(found)} runs have"
     with st.expander(f"{count} a problem"):
-        st.table({"Run": list(found), "Problem": list(found.values())})
+        st.dataframe({"Run": list(found), "Problem": list(found.values())}, hide_index=True)
 
 
 def remembered(key: str, options: Sequence[str], default: Sequence[str]) -> tuple[list[str], int]:
