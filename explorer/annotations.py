@@ -6,6 +6,8 @@ Kept in a file of its own, because run.json belongs to the process that trains.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +18,9 @@ ANNOTATIONS_JSON: Final = "annotations.json"
 MAX_NAME: Final = 60
 MAX_NOTE: Final = 2000
 MAX_TAGS: Final = 12
+# Control characters, those that turn the direction of what follows, and halves of characters: no
+# browser can be sent them, or it shows another name than it is.
+_UNFIT: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,15 @@ def load_annotation(run: Path) -> Annotation:
     )
 
 
-def clean(name: str, note: str, tags: list[str], archived: bool) -> Annotation:
+def clean(name: str, note: str, tags: Sequence[str], archived: bool) -> Annotation:
     """An annotation of what was typed: one line for names and tags, nothing longer than allowed."""
-    lines = [" ".join(tag.split())[:MAX_NAME] for tag in tags]
+    lines = [_line(tag) for tag in tags]
     kept = tuple(dict.fromkeys(line for line in lines if line))[:MAX_TAGS]
-    return Annotation(" ".join(name.split())[:MAX_NAME], note.strip()[:MAX_NOTE], kept, archived)
+    return Annotation(_line(name), _UNFIT.sub("", note).strip()[:MAX_NOTE], kept, archived)
+
+
+def _line(text: str) -> str:
+    return " ".join(_UNFIT.sub("", text).split())[:MAX_NAME].rstrip()
 
 
 def save_annotation(run: Path, annotation: Annotation) -> None:
@@ -58,7 +67,9 @@ def save_annotation(run: Path, annotation: Annotation) -> None:
     try:
         write_atomically(run / ANNOTATIONS_JSON, text.encode())
     except OSError as error:
-        raise RunError(f"Cannot write to {run}: {error.strerror}.") from error
+        raise RunError(
+            f"Cannot write {run / ANNOTATIONS_JSON}: {error.strerror}. Nothing was changed."
+        ) from error
 
 
 def _text(value: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.conftest import OpenPage, serve
+from tests.browser.conftest import OpenPage
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import Locator, Page, expect  # noqa: E402
@@ -129,13 +129,13 @@ def test_a_chart_can_be_had_as_svg(app: str, open_page: OpenPage) -> None:
 def test_ticked_runs_are_compared(app: str, open_page: OpenPage) -> None:
     page = open_page(app)
     page.get_by_role("link", name="Runs").click()
-    expect(page.get_by_role("heading", name="All runs")).to_be_visible()
+    expect(page.get_by_role("heading", name="Which runs are there, and what came of them?")).to_be_visible()
     table = page.get_by_test_id("stDataFrame").locator("canvas").first
     expect(table).to_be_visible()
     for row in (1, 2):  # under the header: the newest run, and the one before
         # By force: a transparent layer for scrolling lies on top, and hands the click on.
         table.click(position={"x": 20, "y": 35 * row + 17}, force=True)
-    page.get_by_role("button", name="Compare these 2 runs").click()
+    page.get_by_role("button", name="Compare (2)").click()
     accuracy = chart(page)
     assert page.url.count("runs=") == 2
     expect(legend_entry(accuracy, "bold")).to_be_attached()
@@ -165,11 +165,3 @@ def test_a_phone_shows_everything_without_sideways_scrolling(
         assert box is not None
         assert box["x"] + box["width"] <= 390
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-
-
-def test_without_runs_it_says_what_to_type(tmp_path: Path, open_page: OpenPage) -> None:
-    with serve(tmp_path) as address:
-        page = open_page(address)
-        commands = page.get_by_test_id("stCode")
-        expect(commands.first).to_contain_text("python -m trainer --phase finetune")
-        expect(commands.first).to_contain_text(str(tmp_path))
