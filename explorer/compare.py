@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,10 +43,13 @@ def summarise(run: Run, label: str) -> Summary:
     phase = run.phase or ""
     records = [record for record in run.epochs if record.phase == phase]
     trained = [record for record in records if record.phase_epoch > 0]
-    best = max(trained or records, key=lambda record: record.rank, default=None)
+    known = [record for record in trained or records if not math.isnan(record.val_acc)]
+    best = max(known, key=lambda record: record.rank, default=None)
     start = next((record for record in records if record.phase_epoch == 0), None)
     control = is_control(run)
     boundary = start.val_acc if start and (phase == "finetune" or control) else None
+    boundary = None if boundary is None or math.isnan(boundary) else boundary
+    losses = [record.val_loss for record in trained or records]
     return Summary(
         run_id=run.run_id,
         label=label,
@@ -56,7 +60,7 @@ def summarise(run: Run, label: str) -> Summary:
         best_acc=best.val_acc if best else None,
         best_epoch=best.epoch if best else None,
         best_phase_epoch=best.phase_epoch if best else None,
-        best_loss=min((record.val_loss for record in trained or records), default=None),
+        best_loss=min((loss for loss in losses if not math.isnan(loss)), default=None),
         boundary_acc=boundary,
         change=best.val_acc - boundary if best and trained and boundary is not None else None,
         seconds=sum(record.seconds for record in run.epochs),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import pandas as pd
 
 from explorer.data import Snapshot, is_control
+from trainer.config import ScheduleName
+from trainer.grid import word
 from trainer.runlog import Run
 
 SETTINGS: Final = (
@@ -22,6 +24,14 @@ SETTINGS: Final = (
     "Network",
     "Data",
 )
+# What a schedule has besides its name: the schedules that use it, and what counts as off.
+SHAPE: Final[Mapping[str, tuple[tuple[ScheduleName, ...], float | None]]] = {
+    "decay": (("exponential",), None),
+    "drop": (("step",), None),
+    "epochs_drop": (("step",), None),
+    "warmup": (get_args(ScheduleName), 0),
+}
+_WORDS: Final = {"Learning rate": "lr", "Layers": "unfreeze", "Schedule": "name"}
 BEFORE: Final = "before unfreezing"  # what a trunk shows in place of a setting
 _HEAD: Final = "head"
 # Named by the flag that sets them, with what counts as off.
@@ -43,7 +53,7 @@ def settings(run: Run) -> dict[str, str]:
     return {
         "Learning rate": _text(config.get("lr")) if trained else "",
         "Layers": _HEAD if is_control(run) else layers,
-        "Schedule": _text(_in(config, "schedule", "name")) if trained else "",
+        "Schedule": _schedule(config.get("schedule")) if trained else "",
         "Seed": _text(config.get("seed")),
         "Augmentation": augmentation(config.get("augmentation")),
         "Optimizer": _text(config.get("optimizer")) if trained else "",
@@ -84,11 +94,13 @@ def without_seed(snapshot: Snapshot, selected: Sequence[str]) -> dict[str, str]:
 
 
 def _named(setting: str, value: str) -> str:
-    if setting == "Learning rate":
-        return f"lr {value}"
-    if setting == "Layers":
-        return "head alone" if value == _HEAD else f"layers {value}"
-    return value if setting in ("Schedule", "Data", "Network") else f"{setting.lower()} {value}"
+    if setting == "Layers" and value == _HEAD:
+        return "head alone"
+    return (
+        value
+        if setting in ("Data", "Network")
+        else word(_WORDS.get(setting, setting.lower()), value)
+    )
 
 
 def in_order(values: Sequence[str]) -> list[str]:
@@ -101,6 +113,26 @@ def _number(value: str) -> float:
         return float(value)
     except ValueError:
         return float("inf")
+
+
+def _schedule(chosen: Any) -> str:
+    """Its name with what shapes it: `exponential 0.3`, `step 0.5 every 10, warmup 2`."""
+    if not isinstance(chosen, Mapping):
+        return ""
+    shape = schedule_shape(chosen)
+    said = _text(chosen.get("name"))
+    said += f" {shape['decay']}" if "decay" in shape else ""
+    said += f" {shape['drop']} every {shape.get('epochs_drop')}" if "drop" in shape else ""
+    return said + (f", warmup {shape['warmup']}" if "warmup" in shape else "")
+
+
+def schedule_shape(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """What a schedule has besides its name and really uses."""
+    return {
+        name: _text(chosen.get(name))
+        for name, (users, off) in SHAPE.items()
+        if chosen.get("name") in users and chosen.get(name) not in (None, off)
+    }
 
 
 def augmentation(chosen: Any) -> str:

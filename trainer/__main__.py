@@ -30,6 +30,7 @@ examples:
   python -m trainer --phase transfer --data photos/       the head, on your own class folders
   python -m trainer --phase finetune --data photos/ --unfreeze 20 --lr 1e-5
   python -m trainer sweep --lr 1e-4 1e-6 --unfreeze 20 all   many finetunes from one parent
+  python -m trainer import logs/                          runs from the logs of other tools
   python -m trainer cache                                 what is kept to save time
   streamlit run streamlit_app.py                          compare the runs
 """
@@ -234,7 +235,11 @@ def _head(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-_COMMANDS: Final = {"sweep": "trainer.sweep", "cache": "trainer.cache_command"}
+_COMMANDS: Final = {
+    "sweep": "trainer.sweep",
+    "cache": "trainer.cache_command",
+    "import": "trainer.imports.command",
+}
 _SCHEDULE: Final = ("name", "decay", "drop", "epochs_drop", "warmup")
 _PHOTOS: Final = ("brightness", "contrast", "color", "rotation", "crop_from", "noise")
 

@@ -134,6 +134,11 @@ def adopt(config: Config, parent: Run) -> Config:
         raise ThawError(
             f"Run {parent.run_id} is still being trained; wait, or give another --from."
         )
+    if "imported" in parent.info:
+        raise ThawError(
+            f"Run {parent.run_id} was imported: its log is here, its network is not. Train a "
+            "transfer run, or give another --from."
+        )
     theirs = parent.info.get("model", {})
     for flag, ours, key in (
         ("--arch", config.arch, "arch"),

@@ -146,7 +146,8 @@ def go(page: PageName, **state: str | list[str]) -> NoReturn:
     """Open another page with these widgets set, such as run="20260101-120000-name"."""
     for name, value in state.items():
         st.session_state[name] = value
-    st.switch_page(st.Page(opener(page), url_path=page))
+    # Named, or Streamlit would have to clear a link in which widgets keep their values, and fails.
+    st.switch_page(st.Page(opener(page), url_path=page), query_params=state)
 
 
 def opener(page: PageName) -> Callable[[], None]:
@@ -277,7 +278,8 @@ def _verdict(row: Summary, colour: str, notes: Sequence[str]) -> str:
 def _stayed(row: Summary) -> str:
     """What there is to say of a run that was never unfrozen."""
     if row.best_acc is None:
-        return f"{row.phase or 'not started'}: no evaluation yet."
+        known = "no validation accuracy" if row.status == "done" else "no evaluation yet"
+        return f"{row.phase or 'not started'}: {known}."
     return f"{row.phase}: best accuracy {row.best_acc:.1%} at epoch {row.best_epoch}."
 
 
