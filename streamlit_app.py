@@ -8,6 +8,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import streamlit as st
+from starlette.formparsers import MultiPartParser
+
+# Uploads stay in memory: what is larger would be written to a temporary file.
+MultiPartParser.spool_max_size = 2**25
 
 
 @asynccontextmanager

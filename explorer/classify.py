@@ -1,24 +1,34 @@
-"""Classify photos with a run's network from before and after unfreezing.
+"""Classify photos with a run's networks: before and after unfreezing, and the exported one.
 
-torch is imported only when a checkpoint is loaded; Streamlit is not known here.
+torch and ONNX Runtime are imported only when a network is loaded; Streamlit is not known here.
+Photos and answers stay in memory.
 """
 
 from __future__ import annotations
 
+import io
 import time
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Final, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from trainer.preprocess import Photo, open_photo, side_to_decode, to_array
+from explorer.gradcam import GradCam, overlay
+from export.metadata import Which
+from trainer.preprocess import open_photo, side_to_decode, to_array
+from trainer.process import usable_cores
 from trainer.runlog import Run, RunError, checkpoint_path
-from trainer.schema import Preprocess
+from trainer.schema import Preprocess, ThawError
 
 TOP: Final = 5
 
-Which = Literal["before", "after"]
+Name = Literal["before", "after", "onnx"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +49,20 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes, best first, and the seconds from pixels to probabilities."""
+    """The most probable classes, best first; the seconds from pixels to probabilities, of a batch
+    its share; and the probabilities of all `classes`, float32 [classes]."""
 
     guesses: tuple[Guess, ...]
     seconds: float
+    classes: tuple[str, ...] = field(repr=False)
+    probabilities: NDArray[np.float32] = field(repr=False, compare=False)
 
     @property
     def label(self) -> str:
         return self.guesses[0].label
+
+
+Answer = Prediction | str  # or the reason why the network gave none
 
 
 def slots(run: Run) -> list[Slot]:
@@ -66,35 +82,134 @@ def _slot(run: Run, which: Which, title: str) -> Slot:
         return Slot(which, title, reason=str(error))
 
 
-class Classifier:
+@dataclass(frozen=True)
+class Look:
+    """Where a network sees the class `label` in a photo: a JPEG with the heat over the photo as the
+    network gets it, and the part of it where the heat is strongest ("" where there is none)."""
+
+    label: str
+    jpeg: bytes = field(repr=False)
+    strongest: str
+
+
+# --- networks -----------------------------------------------------------------------------------
+
+
+class Network(ABC):
+    """A network that classifies photos; `engine` names what runs it."""
+
+    def __init__(self, classes: tuple[str, ...], preprocess: Preprocess, engine: str) -> None:
+        self.classes = classes
+        self.preprocess = preprocess
+        self.engine = engine
+        self._warm: set[int] = set()
+
+    def predict(self, images: Sequence[Image.Image]) -> list[Answer]:
+        """Classify upright RGB photos (see `decode`), all in one batch."""
+        try:
+            self._warm_up(len(images))
+            started = time.perf_counter()
+            rows = self._probabilities(images)
+        except (ThawError, RuntimeError) as error:  # above all: no memory for so large a batch
+            return [f"the network failed: {error}"] * len(images)
+        seconds = (time.perf_counter() - started) / len(images)
+        return [_answer(row, self.classes, seconds) for row in rows]
+
+    def _warm_up(self, batch: int) -> None:
+        """The first pass of each size allocates and plans, and would look slow."""
+        if batch not in self._warm:
+            side = self.preprocess.crop
+            self._probabilities([Image.new("RGB", (side, side))] * batch)
+            self._warm.add(batch)
+
+    @abstractmethod
+    def _probabilities(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """float32 [N, classes]."""
+
+
+class Classifier(Network):
     """A checkpoint, ready to classify. Raises ThawError when it cannot be loaded."""
 
     def __init__(self, path: Path) -> None:
+
+        import torch
+
         from trainer.checkpoint import load_model
         from trainer.model import InputNormalize
 
+        # A container sees all cores of its host, also those it may not use.
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
         self._network, checkpoint = load_model(path)
         self._normalise = InputNormalize(checkpoint.preprocess).eval()
-        self.classes: tuple[str, ...] = checkpoint.classes
-        self.preprocess: Preprocess = checkpoint.preprocess
-        # The first pass allocates and plans; without this the first photo would look slow.
-        self.predict(Image.new("RGB", (self.preprocess.crop, self.preprocess.crop)))
+        self.sha256 = checkpoint.sha256
+        super().__init__(checkpoint.classes, checkpoint.preprocess, "PyTorch on the CPU")
 
-    def predict(self, image: Image.Image) -> Prediction:
-        """Classify one upright RGB photo (see `decode`)."""
-        started = time.perf_counter()
-        probabilities = self._probabilities(to_array(image, self.preprocess))
-        seconds = time.perf_counter() - started
-        ranked = sorted(zip(probabilities, self.classes, strict=True), key=lambda pair: -pair[0])
-        return Prediction(tuple(Guess(label, value) for value, label in ranked[:TOP]), seconds)
-
-    def _probabilities(self, photo: Photo) -> list[float]:
+    def _probabilities(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         import torch
 
+        photos = np.stack([to_array(image, self.preprocess) for image in images])
         with torch.inference_mode():
-            batch = torch.from_numpy(photo.copy()).unsqueeze(0)
-            logits = self._network(self._normalise(batch))
-            return logits.float().softmax(dim=1)[0].tolist()
+            logits = self._network(self._normalise(torch.from_numpy(photos)))
+            rows: NDArray[np.float32] = logits.float().softmax(dim=1).numpy()
+        return rows
+
+    @cached_property
+    def _grad_cam(self) -> GradCam:
+        return GradCam(self._network, self.preprocess.crop)
+
+    def look(self, image: Image.Image, label: str) -> Look:
+        """Where the network sees `label` in a photo. Raises GradCamError."""
+        import torch
+
+        photo = to_array(image, self.preprocess)
+        pixels = self._normalise(torch.from_numpy(photo[np.newaxis].copy()))
+        heat = self._grad_cam.heat(pixels, self.classes.index(label))
+        return Look(label, to_jpeg(overlay(photo, heat)), heat.strongest)
+
+
+class Exported(Network):
+    """A model.onnx, ready to classify. Raises ThawError when it cannot be loaded."""
+
+    def __init__(self, path: Path) -> None:
+        from export.classifier import Classifier as Model
+
+        self._model = Model.load(path)
+        metadata = self._model.metadata
+        super().__init__(metadata.classes, metadata.preprocess, self._model.provider)
+
+    @property
+    def note(self) -> str | None:
+        """Why a GPU that is there is not used, if so."""
+        return self._model.note
+
+    def _probabilities(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        results = self._model.classify(images, top=len(self.classes), batch=len(images))
+        rows = np.full((len(results), len(self.classes)), np.nan, np.float32)
+        for row, result in zip(rows, results, strict=True):
+            for one in result.top:
+                row[one.index] = one.probability
+        return rows
+
+    def outdated(self, sha256: str) -> str:
+        """Says so if it was not exported from the checkpoint with this SHA-256; else empty."""
+        made = self._model.metadata
+        if made.checkpoint_sha256 == sha256:
+            return ""
+        return (
+            f"model.onnx is out of date: it was exported from another checkpoint ({made.phase}, "
+            f"epoch {made.epoch} of run {made.run_id}) than the run has now."
+        )
+
+
+def _answer(row: NDArray[np.float32], classes: tuple[str, ...], seconds: float) -> Answer:
+    if not np.isfinite(row).all():
+        return "the network gives no finite probabilities for it"
+    best = np.argsort(-row, kind="stable")[:TOP]
+    guesses = tuple(Guess(classes[i], float(row[i])) for i in best)
+    return Prediction(guesses, seconds, classes, row)
+
+
+# --- photos -------------------------------------------------------------------------------------
 
 
 def decode(source: Path | IO[bytes], preprocess: Preprocess) -> Image.Image:
@@ -115,8 +230,7 @@ def thumbnail(image: Image.Image, side: int = 440) -> Image.Image:
     )
 
 
-def agreement(predictions: list[Prediction]) -> str:
-    """Whether the networks give the same first answer; empty for fewer than two."""
-    if len(predictions) < 2:
-        return ""
-    return "same answer" if len({each.label for each in predictions}) == 1 else "answers differ"
+def to_jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()

@@ -83,12 +83,20 @@ def best_by_chance(tested: Sequence[Evidence]) -> tuple[float, float]:
     return float(np.median(best)), float(np.quantile(best, 0.95))
 
 
+def gained_most(rows: Sequence[Summary]) -> Summary | None:
+    """The run with the largest change by unfreezing; None where none has any yet."""
+    return max(_changed(rows), key=lambda row: row.change or 0.0, default=None)
+
+
+def _changed(rows: Sequence[Summary]) -> list[Summary]:
+    return [row for row in rows if row.change is not None and not row.control]
+
+
 def headline(rows: Sequence[Summary], found: Mapping[str, Findings]) -> str:
     """What several runs together say about unfreezing; empty for fewer than two that say it."""
-    changed = [row for row in rows if row.change is not None and not row.control]
-    if len(changed) < 2:
+    changed, best = _changed(rows), gained_most(rows)
+    if len(changed) < 2 or best is None:
         return ""
-    best = max(changed, key=lambda row: row.change or 0.0)
     p = adjusted({name: one for name, one in found.items() if name in {r.run_id for r in changed}})
     beyond = [row for row in changed if p.get(row.run_id, 1.0) < SIGNIFICANT]
     better = sum((row.change or 0.0) > 0 for row in beyond)

@@ -17,8 +17,8 @@ from typing import Final, Literal
 import pandas as pd
 
 from explorer.annotations import ANNOTATIONS_JSON, Annotation, load_annotation
-from trainer.runlog import Run, read_or_explain, run_folders
-from trainer.schema import EPOCH_FIELDS, METRICS_JSONL, RUN_JSON
+from trainer.runlog import Run, RunReader, Stamp, run_folders, stamp
+from trainer.schema import EPOCH_FIELDS
 
 RUNS_DIR_VARIABLE: Final = "THAW_RUNS_DIR"
 DEFAULT_SHOWN: Final = 12
@@ -85,41 +85,44 @@ class Snapshot:
         return current[-DEFAULT_SHOWN:]
 
 
-Stamp = tuple[tuple[int, int], ...]
-
-
 class Library:
-    """The runs of one folder; a file is read again only when its time or size has changed.
+    """The runs of one folder; of files that have changed only what is new is read, where possible.
 
     One instance may serve many sessions at once.
     """
 
     def __init__(self, runs_dir: Path) -> None:
         self.runs_dir = runs_dir
-        self._known: dict[str, tuple[Stamp, Run, Annotation]] = {}
+        self._folders: dict[str, _Folder] = {}
         self._lock = threading.Lock()
 
     def snapshot(self) -> Snapshot:
         with self._lock:
-            self._known = {path.name: self._read(path) for path in run_folders(self.runs_dir)}
-            known = list(self._known.values())
-        return _snapshot([run for _, run, _ in known], {run.run_id: note for _, run, note in known})
-
-    def _read(self, path: Path) -> tuple[Stamp, Run, Annotation]:
-        # Stamped before reading: what is appended in between changes the stamp the next time.
-        stamp = tuple(_stamp(path / n) for n in (RUN_JSON, METRICS_JSONL, ANNOTATIONS_JSON))
-        known = self._known.get(path.name)
-        if known and known[0] == stamp:
-            return known
-        return stamp, read_or_explain(path), load_annotation(path)
+            self._folders = {
+                path.name: self._folders.get(path.name) or _Folder(path)
+                for path in run_folders(self.runs_dir)
+            }
+            read = [
+                (folder.run.read_or_explain(), folder.annotation())
+                for folder in self._folders.values()
+            ]
+        return _snapshot([run for run, _ in read], {run.run_id: note for run, note in read})
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, -1
-    return status.st_mtime_ns, status.st_size
+class _Folder:
+    """One run and what users noted of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.run = RunReader(path)
+        self._file = path / ANNOTATIONS_JSON
+        self._stamp: Stamp = None
+        self._annotation = Annotation()
+
+    def annotation(self) -> Annotation:
+        before, self._stamp = self._stamp, stamp(self._file)
+        if self._stamp != before:
+            self._annotation = load_annotation(self._file.parent)
+        return self._annotation
 
 
 def _snapshot(runs: Iterable[Run], annotations: Mapping[str, Annotation]) -> Snapshot:

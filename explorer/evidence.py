@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,9 @@ from numpy.typing import NDArray
 
 from explorer.compare import points
 from explorer.data import Snapshot
-from trainer.runlog import Run
+from trainer.runlog import Run, Stamp, stamp
 from trainer.schema import ThawError
 
-_RESAMPLES: Final = 10_000
 _CONFIDENCE: Final = 0.95
 SIGNIFICANT: Final = 1 - _CONFIDENCE
 
@@ -59,13 +57,15 @@ def load_predictions(path: Path) -> Predictions:
     try:
         with np.load(path, allow_pickle=False) as content:
             logits, labels, files = (content[name] for name in ("logits", "labels", "files"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        sound = logits.ndim == 2 and logits.shape[1] > 0 and labels.ndim == 1 and len(files) > 0
+        if not sound or not len(logits) == len(labels) == len(files):
+            raise EvidenceError(f"The predictions {path} are damaged: their parts do not fit.")
+        named = tuple(map(str, files.tolist()))
+        return Predictions(named, labels.astype(np.int64), logits.argmax(axis=1))
+    except EvidenceError:
+        raise
+    except Exception as error:  # damaged archives and arrays raise a dozen kinds
         raise EvidenceError(f"The predictions {path} cannot be read: {error}") from error
-    sound = logits.ndim == 2 and logits.shape[1] > 0 and len(files) > 0
-    if not sound or not len(logits) == len(labels) == len(files):
-        raise EvidenceError(f"The predictions {path} are damaged: their parts do not fit.")
-    named = tuple(map(str, files.tolist()))
-    return Predictions(named, labels.astype(np.int64), logits.argmax(axis=1).astype(np.int64))
 
 
 def compare(before: Predictions, after: Predictions) -> Evidence:
@@ -73,29 +73,45 @@ def compare(before: Predictions, after: Predictions) -> Evidence:
 
     Raises EvidenceError where the photos or their classes differ.
     """
-    place = {file: row for row, file in enumerate(before.files)}
-    if place.keys() != set(after.files) or len(before.files) != len(after.files):
-        raise EvidenceError("They were validated on different photos.")
-    order = np.array([place[file] for file in after.files])
+    order = _order(before.files, after.files)
     if not np.array_equal(before.labels[order], after.labels):
         raise EvidenceError("Their photos have different classes.")
     right_before = before.predicted[order] == after.labels
     right_after = after.predicted == after.labels
     fixed = int(np.sum(right_after & ~right_before))
     broken = int(np.sum(right_before & ~right_after))
-    low, high = _interval(len(order), fixed, broken)
+    low, high = interval(
+        np.array([1, -1, 0]), np.array([fixed, broken, len(order) - fixed - broken])
+    )
     return Evidence(len(order), fixed, broken, low, high, mcnemar(fixed, broken))
 
 
-def _interval(photos: int, fixed: int, broken: int) -> tuple[float, float]:
-    """Percentile bootstrap. Of a resample of the photos only the numbers fixed and broken matter,
-    and these are multinomial, so they are drawn without drawing the photos."""
-    shares = [fixed / photos, broken / photos, (photos - fixed - broken) / photos]
-    drawn = np.random.default_rng(0).multinomial(photos, shares, size=_RESAMPLES)
-    changes = (drawn[:, 0] - drawn[:, 1]) / photos
+def _order(before: tuple[str, ...], after: tuple[str, ...]) -> NDArray[np.int64]:
+    """The rows of `before` in the order of `after`."""
+    if before == after:
+        return np.arange(len(after))
+    place = {file: row for row, file in enumerate(before)}
+    if place.keys() != set(after) or len(before) != len(after):
+        raise EvidenceError("They were validated on different photos.")
+    return np.array([place[file] for file in after])
+
+
+def interval(values: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[float, float]:
+    """The 95% percentile bootstrap interval of a mean over photos, of which `counts[i]` have the
+    whole number `values[i]`; of infinitely many resamples.
+
+    None is drawn: the characteristic function of a sum over resampled photos is that of one photo
+    to the power of their number, and its Fourier transform is the chance of each sum.
+    """
+    photos, total = int(counts.sum()), int(counts @ values)
+    # Further from its mean, by Bernstein's inequality, a sum has a chance of less than 1e-12.
+    reach = 1 + 12 * math.isqrt(int(counts @ values**2)) + 52 * int(np.abs(values).max())
+    angles = np.arange(reach + 1) * (np.pi / reach)
+    one_photo = np.exp(1j * np.outer(angles, values - total / photos)) @ (counts / photos)
+    chances = np.roll(np.fft.irfft(np.conj(one_photo) ** photos, 2 * reach), reach)
     tail = (1 - _CONFIDENCE) / 2
-    low, high = np.quantile(changes, [tail, 1 - tail])
-    return float(low), float(high)
+    low, high = np.searchsorted(np.cumsum(chances), [tail, 1 - tail]) - reach + total
+    return float(low / photos), float(high / photos)
 
 
 def mcnemar(fixed: int, broken: int) -> float:
@@ -133,10 +149,11 @@ class Findings:
 def findings(snapshot: Snapshot, selected: Iterable[str]) -> dict[str, Findings]:
     """Of the finetune runs among the selected ones, by run id."""
     runs = [snapshot.runs[name] for name in selected if name in snapshot.runs]
+    controls = _controls(snapshot)
     return {
         run.run_id: Findings(
             _between(run.predictions("before"), run.predictions("after")),
-            None if (other := control_of(snapshot, run)) is None else _against(other, run),
+            None if (other := _fitting(controls, run)) is None else _against(other, run),
         )
         for run in runs
         if run.phase == "finetune"
@@ -146,21 +163,27 @@ def findings(snapshot: Snapshot, selected: Iterable[str]) -> dict[str, Findings]
 def control_of(snapshot: Snapshot, run: Run) -> Run | None:
     """The newest run that trained the same head further, as long and on the same views, with
     everything else still frozen."""
-    alike = [
-        other
-        for other in snapshot.runs.values()
-        if other.phase == "transfer"
-        and other.parent_run_id is not None
-        and other.status == "done"
-        and _conditions(other) == _conditions(run)
-    ]
-    return alike[-1] if alike else None
+    return _fitting(_controls(snapshot), run)
+
+
+def _controls(snapshot: Snapshot) -> dict[str, list[Run]]:
+    """The runs that can be a control, newest first, by the parent that they go on from."""
+    controls: dict[str, list[Run]] = {}
+    for run in reversed(list(snapshot.runs.values())):
+        if run.parent_run_id is not None and run.phase == "transfer" and run.status == "done":
+            controls.setdefault(run.parent_run_id, []).append(run)
+    return controls
+
+
+def _fitting(controls: Mapping[str, Sequence[Run]], run: Run) -> Run | None:
+    alike = controls.get(run.parent_run_id or "", ())
+    return next((other for other in alike if _conditions(other) == _conditions(run)), None)
 
 
 def _conditions(run: Run) -> tuple[object, ...]:
     config, dataset = run.info.get("config", {}), run.info.get("dataset", {})
     same = (config.get(name) for name in ("epochs", "batch_size", "augmentation", "views", "seed"))
-    return (run.parent_run_id, dataset.get("fingerprint"), *same)
+    return (dataset.get("fingerprint"), *same)
 
 
 def _against(control: Run, run: Run) -> Evidence | str | None:
@@ -168,22 +191,24 @@ def _against(control: Run, run: Run) -> Evidence | str | None:
 
 
 def _between(before: Path, after: Path) -> Evidence | str | None:
-    if not (before.exists() and after.exists()):
+    stamps = stamp(before), stamp(after)
+    if None in stamps:
         return None
+    return _compared(before, stamps[0], after, stamps[1])
+
+
+@functools.lru_cache(maxsize=16_384)  # two for each run: a folder of 8,000 is still known
+def _compared(before: Path, before_stamp: Stamp, after: Path, after_stamp: Stamp) -> Evidence | str:
     try:
-        return _compared(before, _stamp(before), after, _stamp(after))
-    except (EvidenceError, OSError) as error:
+        return compare(_loaded(before, before_stamp), _loaded(after, after_stamp))
+    except EvidenceError as error:
         return str(error)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
-
-
-@functools.lru_cache(maxsize=1024)
-def _compared(before: Path, _: tuple[int, int], after: Path, __: tuple[int, int]) -> Evidence:
-    return compare(load_predictions(before), load_predictions(after))
+# A run's predictions are compared twice, and those of one control with many runs in turn.
+@functools.lru_cache(maxsize=4)
+def _loaded(path: Path, _: Stamp) -> Predictions:
+    return load_predictions(path)
 
 
 def sentence(evidence: Evidence, adjusted: float) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, get_args
 
+import numpy as np
 import pandas as pd
 
 from explorer.data import Snapshot, is_control
@@ -51,7 +53,7 @@ def settings(run: Run) -> dict[str, str]:
     trained = run.phase in ("transfer", "finetune", "scratch")
     layers = _text(config.get("unfreeze")) if run.phase == "finetune" else ""
     return {
-        "Learning rate": _text(config.get("lr")) if trained else "",
+        "Learning rate": rate_text(learning_rate(run)) if trained else "",
         "Layers": _HEAD if is_control(run) else layers,
         "Schedule": _schedule(config.get("schedule")) if trained else "",
         "Seed": _text(config.get("seed")),
@@ -133,6 +135,18 @@ def schedule_shape(chosen: Mapping[str, Any]) -> dict[str, str]:
         for name, (users, off) in SHAPE.items()
         if chosen.get("name") in users and chosen.get(name) not in (None, off)
     }
+
+
+def learning_rate(run: Run) -> float | None:
+    """The learning rate of the run's last phase; None where its run.json does not say."""
+    value = run.info.get("config", {}).get("lr")
+    known = isinstance(value, int | float) and 0 < value <= sys.float_info.max
+    return float(value) if known else None
+
+
+def rate_text(rate: float | None) -> str:
+    """A learning rate in the shortest form that names it exactly: 0.0001 -> "1e-4"."""
+    return "" if rate is None else np.format_float_scientific(rate, trim="-", exp_digits=1)
 
 
 def augmentation(chosen: Any) -> str:

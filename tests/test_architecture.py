@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ["trainer", "export", "explorer", "streamlit_app"]  # from the ground up
+# Each takes longer to load than a page may take to open, or is there for developers only.
+SLOW = ["torch", "torchvision", "onnxruntime", "onnx", "vl_convert", "captum", "tensorboard"]
+NOT_INSTALLED = ["scipy", "statsmodels", "playwright"]
 
 
 def imports(path: Path) -> set[str]:
@@ -42,3 +47,21 @@ def test_reading_runs_needs_the_standard_library_only(module: str) -> None:
 def test_only_pages_touch_streamlit() -> None:
     for path in (ROOT / "explorer").rglob("*.py"):
         assert ("streamlit" in imports(path)) <= (path.parent.name == "pages"), path
+
+
+def test_opening_the_app_loads_nothing_that_is_slow() -> None:
+    files = [*(ROOT / "explorer").rglob("*.py"), ROOT / "streamlit_app.py"]
+    names = sorted(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files)
+    modules = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    code = (
+        "import importlib, json, sys\n"
+        f"unwanted, loaded = {[*SLOW, *NOT_INSTALLED]}, {{}}\n"
+        f"for name in {modules}:\n"
+        "    importlib.import_module(name)\n"
+        "    for other in unwanted:\n"
+        "        if other in sys.modules: loaded.setdefault(other, name)\n"
+        "print(json.dumps(loaded))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {}  # what was loaded, and the module that did it first

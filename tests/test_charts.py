@@ -227,11 +227,11 @@ def _write_seeds(runs_dir: Path) -> Path:
 def test_seeds_are_drawn_as_their_mean_and_range(seeds: pd.DataFrame) -> None:
     rows = long_frame(seeds, "accuracy", "since", ["Validation"])
     last = rows[rows["x"] == 1].set_index("run")
-    assert sorted(last.index) == ["lr 0.001", "lr 1e-05"]
-    assert last.loc["lr 0.001", ["value", "low", "high"]].tolist() == pytest.approx([0.7, 0.6, 0.8])
+    assert sorted(last.index) == ["lr 1e-3", "lr 1e-5"]
+    assert last.loc["lr 1e-3", ["value", "low", "high"]].tolist() == pytest.approx([0.7, 0.6, 0.8])
     assert last["seeds"].tolist() == [2, 2]
     assert (last["mark"] == "best").all()
-    assert rows.groupby("run")["mark"].apply(lambda m: (m == "start").sum()).loc["lr 0.001"] == 1
+    assert rows.groupby("run")["mark"].apply(lambda m: (m == "start").sum()).loc["lr 1e-3"] == 1
     areas = layers(overlay(seeds, "accuracy", "since").to_dict())["area"]
     assert (areas[0]["encoding"]["y"]["field"], areas[0]["encoding"]["y2"]["field"]) == (
         "low",
@@ -251,7 +251,7 @@ def test_colour_and_dash_can_stand_for_settings(seeds: pd.DataFrame) -> None:
     frame = seeds.drop(columns="group")
     look = Look(colour="Learning rate", dash="Seed")
     [line] = layers(overlay(frame, "accuracy", "since", SPLITS, look).to_dict())["line"]
-    assert line["encoding"]["color"]["scale"]["domain"] == ["before unfreezing", "1e-05", "0.001"]
+    assert line["encoding"]["color"]["scale"]["domain"] == ["before unfreezing", "1e-5", "1e-3"]
     dash = line["encoding"]["strokeDash"]["scale"]
     assert dash["domain"] == ["0", "1", "before unfreezing"]
     assert dash["range"][0] != dash["range"][1]

@@ -18,6 +18,7 @@ from explorer.evidence import (
     evidence_lines,
     findings,
     holm,
+    interval,
     load_predictions,
     mcnemar,
     sentence,
@@ -64,16 +65,60 @@ def test_photos_are_paired_by_name_whatever_their_order() -> None:
     assert found.low < 0 < found.high
 
 
-def test_the_interval_is_that_of_a_bootstrap_over_photos() -> None:
-    before, after = predictions(set(range(60))), predictions(set(range(40, 75)))
+@pytest.mark.parametrize(("fixed", "broken"), [(12, 4), (40, 25), (140, 90), (600, 3), (0, 1)])
+def test_mcnemar_is_the_binomial_test_of_other_packages(fixed: int, broken: int) -> None:
+    from scipy.stats import binomtest
+    from statsmodels.stats.contingency_tables import mcnemar as theirs
+
+    p = mcnemar(fixed, broken)
+    assert p == pytest.approx(binomtest(fixed, fixed + broken).pvalue, rel=1e-9)
+    assert p == pytest.approx(theirs([[50, broken], [fixed, 20]], exact=True).pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize("many", [1, 2, 7, 300])
+def test_holm_is_that_of_statsmodels(many: int) -> None:
+    from statsmodels.stats.multitest import multipletests
+
+    p = np.random.default_rng(many).random(many) ** 4
+    assert holm(p.tolist()) == pytest.approx(multipletests(p, method="holm")[1].tolist())
+
+
+@pytest.mark.parametrize(
+    ("photos", "fixed", "broken"),
+    [(200, 40, 15), (200, 1, 0), (300, 3, 6), (600, 150, 160), (600, 590, 0)],
+)
+def test_the_interval_is_that_of_a_paired_bootstrap(photos: int, fixed: int, broken: int) -> None:
+    from scipy.stats import bootstrap
+
+    before = predictions(set(range(fixed)), photos)
+    after = predictions(set(range(fixed, fixed + broken)), photos)
     found = compare(before, after)
-    difference = np.array([1] * 40 + [-1] * 15 + [0] * (PHOTOS - 55))
-    rng = np.random.default_rng(1)
-    means = [rng.choice(difference, PHOTOS).mean() for _ in range(4000)]
-    assert (found.low, found.high) == pytest.approx(
-        tuple(np.quantile(means, [0.025, 0.975])), abs=0.01
+    theirs = bootstrap(
+        [after.predicted == after.labels, before.predicted == before.labels],
+        lambda after, before, axis: after.mean(axis) - before.mean(axis),
+        paired=True,
+        method="percentile",
+        n_resamples=20_000,
+        batch=2000,
+        rng=np.random.default_rng(1),
     )
+    # Theirs is drawn: a quantile's standard error is 0.02 deviations, and it falls on whole photos.
+    tolerance = 0.08 * theirs.standard_error + 1 / photos + 1e-9
+    assert (found.low, found.high) == pytest.approx(theirs.confidence_interval, abs=tolerance)
     assert found == compare(before, after)  # the same numbers at every look
+
+
+@pytest.mark.parametrize("values", [[1, -1, 0], [3, 2, 1, 0, -1, -2, -3], [5], [0], [-7, 0]])
+@pytest.mark.parametrize("photos", [1, 10, 250])
+def test_the_interval_is_exact(values: list[int], photos: int) -> None:
+    counts = np.random.default_rng(photos).multinomial(photos, [1 / len(values)] * len(values))
+    one = np.zeros(15)
+    one[np.array(values) + 7] = counts / photos
+    chances = np.ones(1)  # of each sum, from -7 * photos on
+    for _ in range(photos):
+        chances = np.convolve(chances, one)
+    low, high = np.searchsorted(np.cumsum(chances), [0.025, 0.975]) - 7 * photos
+    assert interval(np.array(values), counts) == pytest.approx((low / photos, high / photos))
 
 
 def test_equal_networks_show_nothing() -> None:
@@ -122,6 +167,34 @@ def test_predictions_that_do_not_fit_are_said(tmp_path: Path) -> None:
         load_predictions(path)
 
 
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"logits": np.zeros(()), "labels": np.zeros(1), "files": np.zeros(1)},
+        {"logits": np.zeros((1, 2)), "labels": np.zeros(()), "files": np.zeros(1)},
+        {"logits": np.zeros((1, 2)), "labels": np.array(["a"]), "files": np.zeros(1)},
+        {"logits": np.zeros((1, 2)), "labels": np.zeros((1, 2)), "files": np.zeros(1)},
+        {"logits": np.array([["a", "b"]]), "labels": np.array(["a"]), "files": np.zeros(1)},
+        {"logits": np.zeros((1, 2)), "labels": np.zeros(1), "files": np.zeros(())},
+    ],
+)
+def test_arrays_of_another_kind_are_said(tmp_path: Path, arrays: dict[str, Any]) -> None:
+    path = tmp_path / "after.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(EvidenceError, match=r"after\.npz"):
+        load_predictions(path)
+
+
+def test_a_spoiled_byte_is_said_also_of_a_compressed_file(tmp_path: Path) -> None:
+    path = tmp_path / "after.npz"
+    np.savez_compressed(path, logits=np.random.default_rng(0).random((99, 9)))
+    content = bytearray(path.read_bytes())
+    content[300:310] = bytes(10)
+    path.write_bytes(content)
+    with pytest.raises(EvidenceError, match=r"after\.npz"):
+        load_predictions(path)
+
+
 def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     path = tmp_path / "after.npz"
     np.savez(path, logits=np.array([print], dtype=object), labels=np.zeros(1), files=np.zeros(1))
@@ -161,6 +234,45 @@ def test_runs_are_held_against_boundary_and_control(tmp_path: Path) -> None:
     assert "fixed 1, broke 1: no evidence" in lines[weak][0]
     assert len(lines[alone]) == 1
     assert control_of(snapshot, snapshot.runs[alone]) is None
+
+
+def test_the_newest_control_of_the_same_parent_and_settings_counts(tmp_path: Path) -> None:
+    parent, other = write_trunk(tmp_path), write_trunk(tmp_path)
+    run = write_pair(tmp_path, parent, "run", set(range(20)))
+
+    def control(name: str, parent: str, seed: int = 0, done: bool = True) -> str:
+        config = {"config": {"seed": seed}}
+        return write_run(tmp_path, name, (0.7,), done=done, parent_run_id=parent, **config).run_id
+
+    older, newer = control("older", parent), control("newer", parent)
+    control("elsewhere", other)
+    control("other-seed", parent, seed=1)
+    control("unfinished", parent, done=False)
+    snapshot = Library(tmp_path).snapshot()
+    found = control_of(snapshot, snapshot.runs[run])
+    assert found is not None
+    assert found.run_id == newer != older
+
+
+def test_predictions_are_read_again_only_where_they_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = write_trunk(tmp_path)
+    one, two = (write_pair(tmp_path, parent, name, set(range(20))) for name in ("one", "two"))
+    snapshot = Library(tmp_path).snapshot()
+    first = findings(snapshot, [one, two])
+    save(snapshot.runs[two].predictions("after"), predictions(set(range(30))))
+    read: list[Path] = []
+
+    def spy(path: Path) -> Predictions:
+        read.append(path)
+        return load_predictions(path)
+
+    monkeypatch.setattr("explorer.evidence.load_predictions", spy)
+    second = findings(snapshot, [one, two])
+    assert {path.parts[-3] for path in read} == {two}
+    assert second[one] == first[one]
+    assert (first[two].boundary.fixed, second[two].boundary.fixed) == (40, 30)  # type: ignore[union-attr]
 
 
 def test_without_predictions_nothing_is_said(tmp_path: Path) -> None:

@@ -6,18 +6,16 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from explorer import data
+from explorer.annotations import Annotation, save_annotation
 from explorer.charts import long_frame
 from explorer.compare import points, resolution, summaries, table, verdict
 from explorer.data import Library, epochs_frame, lineage, runs_dir_from
 from tests.explorer_runs import record, write_finetune, write_run, write_trunk
-from trainer.runlog import Run, read_or_explain
 
 
 def snapshot(runs_dir: Path) -> data.Snapshot:
@@ -45,38 +43,33 @@ def test_no_folder_is_an_empty_snapshot(tmp_path: Path) -> None:
     assert snapshot(tmp_path / "none").runs == {}
 
 
-def test_importing_the_explorer_loads_no_torch() -> None:
-    code = (
-        "import sys, explorer.data, explorer.compare, explorer.charts, explorer.classify, "
-        "streamlit_app; sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 # --- reading ----------------------------------------------------------------------------------
 
 
-def test_only_changed_runs_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-
-    def spy(path: Path) -> Run:
-        read.append(path.name)
-        return original(path)
-
-    original = read_or_explain
-    monkeypatch.setattr("explorer.data.read_or_explain", spy)
+def test_only_changed_runs_are_read_again(tmp_path: Path) -> None:
     parent = write_trunk(tmp_path)
     live = write_finetune(tmp_path, parent, "live", [0.70], done=False)
     library = Library(tmp_path)
-    library.snapshot()
-    assert sorted(read) == sorted([parent, live.run_id])
+    first = library.snapshot()
     live.epoch(record("finetune", 4, 1, 0.72))
-    assert len(library.snapshot().runs[live.run_id].epochs) == 2
-    assert read[2:] == [live.run_id]
+    second = library.snapshot()
+    assert len(second.runs[live.run_id].epochs) == 2
+    assert second.runs[parent] is first.runs[parent]
+    assert second.runs[live.run_id].epochs[0] is first.runs[live.run_id].epochs[0]
     live.close("done")
     assert not library.snapshot().running
     shutil.rmtree(live.path)
     assert list(library.snapshot().runs) == [parent]
+
+
+def test_a_name_that_a_user_gives_is_seen(tmp_path: Path) -> None:
+    run = write_trunk(tmp_path)
+    library = Library(tmp_path)
+    assert library.snapshot().labels[run] == "trunk"
+    save_annotation(tmp_path / run, Annotation(name="The first"))
+    assert library.snapshot().labels[run] == "The first"
+    (tmp_path / run / "annotations.json").unlink()
+    assert library.snapshot().labels[run] == "trunk"
 
 
 def test_broken_runs_do_not_hide_the_others(tmp_path: Path) -> None:

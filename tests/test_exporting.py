@@ -20,7 +20,7 @@ from streamlit.testing.v1 import AppTest
 
 from explorer.data import Library
 from explorer.exporting import Job, Jobs, Report, command, runnable
-from explorer.pages import export as export_page
+from explorer.pages import exporting as export_page
 from explorer.shipped import exported_table, model_path, shipped, snippet
 from tests.explorer_runs import write_finetune, write_trunk
 from tests.test_export import CLASSES, make_run
@@ -156,9 +156,9 @@ def test_it_is_thaws_own_export_that_runs(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def _page() -> None:
-    from explorer.pages import export
+    from explorer.pages import exporting
 
-    export.page()
+    exporting.page()
 
 
 def page(runs_dir: Path, **link: str) -> AppTest:

@@ -84,7 +84,7 @@ def test_a_family_is_shown_imported_and_led_to_compare(runs: Path, logs: Path) -
     assert {run.phase: run.boundary for run in list_runs(runs)} == {"transfer": None, "finetune": 3}
     names = [run.run_id for run in list_runs(runs)]
     next(button for button in app.button if button.label == "Compare them").click().run()
-    assert sorted(app.session_state["runs"]) == sorted(names)
+    assert sorted(app.session_state["asked"]["runs"]) == sorted(names)
 
 
 def test_the_command_line_shown_does_the_same(runs: Path, logs: Path, tmp_path: Path) -> None:

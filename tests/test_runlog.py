@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,9 @@ import pytest
 from trainer.runlog import (
     Run,
     RunError,
+    RunReader,
     RunWriter,
+    _Log,
     checkpoint_path,
     find_run,
     follow,
@@ -95,6 +101,41 @@ def test_unknown_events_are_skipped_and_damaged_lines_named(tmp_path: Path) -> N
     assert "[4, 5, 6]" in run.problem
 
 
+def line(number: int, **values: Any) -> bytes:
+    return json.dumps(record(number).to_dict() | {"time": number} | values).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"val_acc": 10**400},
+        {"val_acc": float("inf")},
+        {"val_loss": float("nan")},
+        {"epoch": None},
+        {"seconds": "1"},
+        {"lr_head": [1]},
+        {"phase": "thaw"},
+        {"phase": ["transfer"]},
+    ],
+)
+def test_a_line_with_an_impossible_value_is_left_out(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    writer = write(tmp_path, epochs=0)
+    with (writer.path / "metrics.jsonl").open("ab") as file:
+        file.write(line(0) + line(1, **values) + line(2))
+    run = read_run(writer.path)
+    assert [epoch.epoch for epoch in run.epochs] == [0, 2]
+    assert "[3]" in (run.problem or "")
+
+
+def test_numbers_whose_sum_no_float_holds_are_numbers(tmp_path: Path) -> None:
+    writer = write(tmp_path, epochs=0)
+    with (writer.path / "metrics.jsonl").open("ab") as file:
+        file.write(line(0, val_loss=1e308, train_loss=1.5e308))
+    assert [epoch.val_loss for epoch in read_run(writer.path).epochs] == [1e308]
+
+
 def test_non_finite_numbers_are_never_written(tmp_path: Path) -> None:
     writer = write(tmp_path, epochs=1)
     with pytest.raises(ValueError):
@@ -112,6 +153,11 @@ def test_non_finite_numbers_are_never_written(tmp_path: Path) -> None:
         ('{"schema_version": 1, "phases": "x"}', "wrong type"),
         ('{"schema_version": 1, "classes": [1]}', "wrong type"),
         ('{"schema_version": 1, "parent_run_id": "../../etc"}', "wrong type"),
+        ('{"schema_version": 1, "started": NaN}', "wrong type"),
+        (
+            f'{{"schema_version": 1, "phases": [{{"name": "direct", "first_epoch": {10**400}}}]}}',
+            "wrong type",
+        ),
         ("[" * 100_000, "not valid JSON"),
     ],
 )
@@ -145,6 +191,145 @@ def test_watching_a_run_while_it_is_written(tmp_path: Path) -> None:
     seen = [r for r in follow(writer.path) if r is not None]
     thread.join()
     assert [r.epoch for r in seen] == list(range(200))
+
+
+# --- reading on ---------------------------------------------------------------------------------
+
+
+class Log:
+    """A metrics.jsonl that things happen to. No two lines are the same, as in real ones."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self.path, self.random, self.lines = path, random.Random(seed), 0
+
+    def happen(self) -> None:
+        often = (self.append, self.append, self.tear, self.drop)
+        self.random.choice((*often, *often, self.rewrite, self.edit, self.replace, self.remove))()
+
+    def new_lines(self) -> bytes:
+        lines = []
+        for _ in range(self.random.randrange(4)):
+            self.lines += 1
+            note, damaged = b'{"event": "note", "time": %d}\n', b"%d{\n"
+            epoch = line(self.lines)
+            lines.append(
+                self.random.choice((epoch, epoch, note % self.lines, damaged % self.lines))
+            )
+        return b"".join(lines)
+
+    def content(self) -> bytes:
+        return self.path.read_bytes() if self.path.exists() else b""
+
+    def append(self) -> None:
+        with self.path.open("ab") as file:
+            file.write(self.new_lines())
+
+    def tear(self) -> None:
+        new = self.new_lines()
+        with self.path.open("ab") as file:
+            file.write(new[: self.random.randrange(len(new) + 1)])
+
+    def drop(self) -> None:
+        """As a run does that goes on; what it then logs may reach further than before."""
+        if content := self.content():
+            os.truncate(self.path, self.random.randrange(len(content)))
+        self.random.choice((self.append, self.tear, lambda: None))()
+
+    def rewrite(self) -> None:
+        """Other lines in the same file."""
+        time.sleep(0.01)  # the time of a file advances in steps
+        self.path.write_bytes(self.new_lines() + self.new_lines())
+
+    def edit(self) -> None:
+        """Another number in the first line, and the same size."""
+        time.sleep(0.01)
+        self.path.write_bytes(self.edited())
+
+    def edited(self) -> bytes:
+        return self.content().replace(b'"val_acc": 0.5', b'"val_acc": 0.6', 1)
+
+    def replace(self) -> None:
+        """A longer file that ends like this one."""
+        other = self.path.with_suffix(".new")
+        other.write_bytes(self.edited() + self.new_lines())
+        other.replace(self.path)
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_reading_on_is_reading_all(tmp_path: Path, seed: int) -> None:
+    writer = write(tmp_path, epochs=0)
+    log = Log(writer.path / "metrics.jsonl", seed)
+    reader = RunReader(writer.path)
+    for _ in range(60):
+        log.happen()
+        assert reader.read() == read_run(writer.path)
+
+
+class Counted(io.FileIO):
+    count = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        found = super().read(size)
+        self.count += len(found)
+        return found
+
+    def readall(self) -> bytes:
+        found = super().readall()
+        self.count += len(found)
+        return found
+
+
+def test_of_a_long_log_only_what_is_new_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(map(line, range(10_000))))
+    with Counted(path) as file:
+        log = _Log().read_on(file)
+        assert file.count == path.stat().st_size
+    new = line(10_000)
+    with path.open("ab") as writing:
+        writing.write(new + b'{"event": "ep')
+    with Counted(path) as file:
+        log = log.read_on(file)
+        assert file.count < len(new) + 300
+    assert [epoch.epoch for epoch in log.epochs] == list(range(10_001))
+
+
+def test_what_has_not_changed_is_the_same_object(tmp_path: Path) -> None:
+    writer = write(tmp_path)
+    reader = RunReader(writer.path)
+    first = reader.read()
+    assert reader.read() is first
+    writer.update(beat=1)
+    second = reader.read()
+    assert second.info["beat"] == 1
+    assert second.epochs is first.epochs
+
+
+def test_a_run_json_that_breaks_and_is_mended(tmp_path: Path) -> None:
+    writer = write(tmp_path)
+    reader, path = RunReader(writer.path), writer.path / "run.json"
+    whole = path.read_bytes()
+    path.write_bytes(b"{")
+    for _ in range(2):
+        with pytest.raises(RunError, match="not valid JSON"):
+            reader.read()
+        assert reader.read_or_explain().epochs == ()
+    path.write_bytes(whole)
+    assert len(reader.read().epochs) == 3
+
+
+def test_a_log_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    writer = write(tmp_path)
+    log = writer.path / "metrics.jsonl"
+    log.unlink()
+    log.mkdir()
+    assert "Is a directory" in (read_run(writer.path).problem or "")
+
+
+# --- finding ------------------------------------------------------------------------------------
 
 
 def test_find_run_by_id_part_and_path(tmp_path: Path) -> None:

@@ -191,10 +191,10 @@ def test_a_ticked_run_opens_on_the_other_pages(runs: Path) -> None:
     for label in ("Classify", "What changed", "Export"):
         app = runs_page(ticked=child)
         press(app, label)
-        assert app.session_state["run"] == child
+        assert app.session_state["asked"] == {"run": child}
     app = runs_page(ticked=[child, trunk])
     press(app, "Compare (2)")
-    assert app.session_state["runs"] == [child, trunk]
+    assert app.session_state["asked"] == {"runs": [child, trunk]}
 
 
 # --- what is done with a run --------------------------------------------------------------------

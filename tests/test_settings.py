@@ -48,9 +48,9 @@ def test_groups_differ_in_more_than_the_seed(tmp_path: Path) -> None:
     snapshot = Library(tmp_path).snapshot()
     assert varied(snapshot, ids) == ["Learning rate", "Layers", "Seed"]
     names = without_seed(snapshot, ids)
-    assert names[ids[0]] == names[ids[1]] == "lr 1e-05, 20 layers"
-    assert names[ids[2]] == "lr 0.0001, 20 layers"
-    assert names[ids[3]] == "lr 0.0001, all layers"
+    assert names[ids[0]] == names[ids[1]] == "lr 1e-5, 20 layers"
+    assert names[ids[2]] == "lr 1e-4, 20 layers"
+    assert names[ids[3]] == "lr 1e-4, all layers"
 
 
 def test_values_come_in_order() -> None:

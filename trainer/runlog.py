@@ -10,12 +10,15 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import operator
 import os
 import re
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any, Final, Literal
 
@@ -35,6 +38,7 @@ from trainer.schema import (
 )
 
 _RUN_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_VALUES: Final = operator.itemgetter(*EPOCH_FIELDS)
 _NONE_BEFORE_ANY_STEP: Final = ("train_loss", "train_acc")
 _WHOLE_NUMBERS: Final = ("epoch", "phase_epoch", "trainable_params", "peak_memory_bytes")
 
@@ -300,35 +304,88 @@ class Run:
         return self.path / PREDICTIONS / f"{name}.npz"
 
 
+Stamp = tuple[int, int, int] | None
+
+
+def stamp(path: Path) -> Stamp:
+    """Changes whenever a file is written or replaced; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    # The time of the last change of any kind, because that of the last write can be set back.
+    return status.st_ino, status.st_ctime_ns, status.st_size
+
+
+class RunReader:
+    """Reads one run folder again and again: run.json when it has changed, and of a metrics.jsonl
+    that only grew no more than what is new."""
+
+    def __init__(self, path: Path) -> None:
+        self._run = Run(path, {})
+        self._info_file, self._log_file = path / RUN_JSON, path / METRICS_JSONL
+        self._stamps: list[Stamp] = [(-1, -1, -1), (-1, -1, -1)]
+        self._info: Mapping[str, Any] | RunError = {}
+        self._log = _Log()
+        self._problem: str | None = None
+
+    def read(self) -> Run:
+        """The run as it is now, the same object as before where nothing has changed.
+
+        Raises RunError with the reason when run.json cannot be used.
+        """
+        run = self.read_or_explain()
+        if isinstance(self._info, RunError):
+            raise RunError(str(self._info))
+        return run
+
+    def read_or_explain(self) -> Run:
+        """`read`, but an unreadable run comes back empty, with `problem` saying why."""
+        # First run.json: when that says the run is done, its log is complete.
+        if self._info_changed() | self._log_changed():
+            if isinstance(self._info, RunError):
+                self._run = Run(self._run.path, {}, problem=str(self._info))
+            else:
+                self._run = Run(self._run.path, self._info, self._log.epochs, self._problem)
+        return self._run
+
+    def _info_changed(self) -> bool:
+        if not self._changed(0, self._info_file):
+            return False
+        try:
+            self._info = _read_info(self._info_file)
+        except RunError as error:
+            self._info = error
+        return True
+
+    def _log_changed(self) -> bool:
+        if not self._changed(1, self._log_file):
+            return False
+        self._log, self._problem = _read_log(self._log_file, self._log)
+        return True
+
+    def _changed(self, which: int, file: Path) -> bool:
+        # Stamped before it is read: what is written in between shows the next time.
+        before, self._stamps[which] = self._stamps[which], stamp(file)
+        return self._stamps[which] != before
+
+
 def read_run(path: Path) -> Run:
     """Read one run folder. Raises RunError with the reason when run.json cannot be used."""
-    info = _read_info(path / RUN_JSON)
-    epochs, problem = _read_epochs(path / METRICS_JSONL)
-    return Run(path, info, epochs, problem)
+    return RunReader(path).read()
 
 
 def run_folders(runs_dir: Path) -> list[Path]:
     """The folders under `runs_dir` that hold a run, readable or not, sorted by name."""
     if not runs_dir.is_dir():
         return []
-    return sorted(
-        path
-        for path in runs_dir.iterdir()
-        if _RUN_ID.fullmatch(path.name) and (path / RUN_JSON).exists()
-    )
-
-
-def read_or_explain(path: Path) -> Run:
-    """`read_run`, but an unreadable run comes back empty, with `problem` saying why."""
-    try:
-        return read_run(path)
-    except RunError as error:
-        return Run(path, {}, problem=str(error))
+    found = [path for path in runs_dir.iterdir() if _RUN_ID.fullmatch(path.name)]
+    return sorted((path for path in found if (path / RUN_JSON).exists()), key=lambda p: p.name)
 
 
 def list_runs(runs_dir: Path) -> list[Run]:
     """All runs under `runs_dir`, oldest first; an unreadable one has `problem` and no epochs."""
-    runs = [read_or_explain(path) for path in run_folders(runs_dir)]
+    runs = [RunReader(path).read_or_explain() for path in run_folders(runs_dir)]
     return sorted(runs, key=lambda run: run.info.get("started", 0.0))
 
 
@@ -357,9 +414,9 @@ def follow(path: Path) -> Iterator[EpochRecord | None]:
 
     Ends when the run's status is no longer "running". The caller decides how long to wait.
     """
-    seen = 0
+    reader, seen = RunReader(path), 0
     while True:
-        run = read_run(path)
+        run = reader.read()
         yield from run.epochs[seen:]
         if len(run.epochs) == seen:
             if run.status != "running":
@@ -395,11 +452,12 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
         isinstance(phase, dict)
         and phase.get("name") in PHASES
         and isinstance(phase.get("first_epoch"), int)
+        and _is_finite(phase["first_epoch"])
         for phase in phases
     )
     classes = info.get("classes", [])
     sound = sound and isinstance(classes, list) and all(isinstance(c, str) for c in classes)
-    sound = sound and isinstance(info.get("started", 0.0), (int, float))
+    sound = sound and _is_finite(info.get("started", 0.0))
     sound = sound and isinstance(info.get("config", {}), dict)
     sound = sound and isinstance(info.get("dataset", {}), dict)
     sound = sound and isinstance(info.get("parent_run_id"), (str, type(None)))
@@ -408,36 +466,94 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
         raise RunError(f"{path} is damaged: a field has the wrong type.")
 
 
-def _read_epochs(path: Path) -> tuple[tuple[EpochRecord, ...], str | None]:
+_MARK_BYTES: Final = 256  # a line ends with its time, so no other log ends with the same bytes
+_NAMED_LINES: Final = 5
+
+
+@dataclass(frozen=True)
+class _Log:
+    """What has been read of a metrics.jsonl, and how to go on: `end` is the offset behind the last
+    complete line, `mark` holds the bytes before it, `size` (a torn last line included) and `inode`
+    are those of the file then. `damaged` numbers the first lines that were left out."""
+
+    epochs: tuple[EpochRecord, ...] = ()
+    damaged: tuple[int, ...] = ()
+    lines: int = 0
+    end: int = 0
+    mark: bytes = b""
+    size: int = 0
+    inode: int = 0
+
+    def read_on(self, file: FileIO) -> _Log:
+        """The log as it is now. Where it only grew, only what is new is read; where a run that goes
+        on has dropped lines, or another file has taken its place, all."""
+        inode = os.fstat(file.fileno()).st_ino
+        known = self if inode == self.inode and self._grew(file) else _Log(inode=inode)
+        file.seek(known.end)
+        return known._and(file.readall())
+
+    def _grew(self, file: FileIO) -> bool:
+        if os.fstat(file.fileno()).st_size <= self.size:
+            return False
+        file.seek(self.end - len(self.mark))
+        return file.read(len(self.mark)) == self.mark
+
+    def _and(self, content: bytes) -> _Log:
+        epochs: list[EpochRecord] = []
+        damaged: list[int] = []
+        # What follows the last newline is empty or a line that is still being written.
+        *lines, torn = content.split(b"\n")
+        for number, line in enumerate(lines, start=self.lines + 1):
+            try:
+                event = json.loads(line)
+                if event.get("event") == "epoch":
+                    epochs.append(_epoch(event))
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                damaged.append(number)
+        complete = len(content) - len(torn)
+        return _Log(
+            (*self.epochs, *epochs),
+            (*self.damaged, *damaged)[:_NAMED_LINES],
+            self.lines + len(lines),
+            self.end + complete,
+            (self.mark + content[:complete])[-_MARK_BYTES:],
+            self.end + len(content),
+            self.inode,
+        )
+
+
+def _read_log(path: Path, known: _Log) -> tuple[_Log, str | None]:
+    """Go on reading a log; also returns what could not be read."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        with path.open("rb", buffering=0) as file:
+            log = known.read_on(file)
     except FileNotFoundError:
-        return (), None  # a run that has just been created
+        return _Log(), None  # a run that has just been created
     except OSError as error:
-        return (), f"{path} cannot be read: {error.strerror}."
-    epochs: list[EpochRecord] = []
-    damaged: list[int] = []
-    # What follows the last newline is empty or a line that is still being written.
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            event = json.loads(line)
-            if event.get("event") == "epoch":
-                epochs.append(_epoch(event))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            damaged.append(number)
-    problem = f"{path}: unreadable lines {damaged[:5]} were left out." if damaged else None
-    return tuple(epochs), problem
+        return _Log(), f"{path} cannot be read: {error.strerror}."
+    lines = list(log.damaged)
+    return log, f"{path}: unreadable lines {lines} were left out." if lines else None
 
 
 def _epoch(event: Mapping[str, Any]) -> EpochRecord:
-    values = {name: event[name] for name in EPOCH_FIELDS}
-    if values["phase"] not in PHASES:
-        raise ValueError(values["phase"])
-    return EpochRecord(**{name: _value(name, value) for name, value in values.items()})
+    phase, *values = _VALUES(event)
+    if phase not in PHASES:
+        raise ValueError(phase)
+    if not _all_finite(values):
+        values = [_value(*one) for one in zip(EPOCH_FIELDS[1:], values, strict=True)]
+    return EpochRecord(phase, *values)
+
+
+def _all_finite(values: Sequence[Any]) -> bool:
+    """False also where that is not sure. A look at each value would take as long as the JSON."""
+    try:
+        return math.isfinite(sum(values))
+    except (TypeError, OverflowError):
+        return False
 
 
 def _value(name: str, value: Any) -> Any:
-    if name == "phase" or _is_finite(value):
+    if _is_finite(value):
         return value
     if value is not None or name in _WHOLE_NUMBERS:
         raise ValueError(name)
@@ -445,7 +561,9 @@ def _value(name: str, value: Any) -> Any:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    # Compared, because math.isfinite refuses whole numbers that are too large for a float.
+    limit = sys.float_info.max
+    return isinstance(value, (int, float)) and -limit <= value <= limit
 
 
 def checkpoint_path(run: Run, which: Literal["before", "after"]) -> Path:

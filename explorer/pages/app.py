@@ -14,7 +14,7 @@ _TITLES: Final[dict[parts.PageName, str]] = {
     "sweep": "Sweep",
     "changed": "What changed",
     "classify": "Classify",
-    "export": "Export",
+    "exporting": "Export",
     "importing": "Import",
 }
 

@@ -28,6 +28,7 @@ from explorer.curves import (
 from explorer.data import Snapshot, epochs_frame, lineage
 from explorer.evidence import adjusted, evidence_lines, findings
 from explorer.pages import parts
+from explorer.report import report_html
 from explorer.settings import varied, with_settings, without_seed
 
 _PANELS: Final = "Before and after"
@@ -46,7 +47,10 @@ def page() -> None:
     if snapshot is None:
         return
     selected = parts.choose_runs(snapshot, snapshot.default_selection())
-    view = _choose_view(varied(snapshot, selected))
+    with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
+        view = _choose_view(varied(snapshot, selected))
+        if selected:
+            _report(snapshot, selected)
     parts.live(snapshot, _live, selected, view)
     parts.problems(snapshot)
 
@@ -64,22 +68,21 @@ class View:
 
 
 def _choose_view(settings: Sequence[str]) -> View:
-    with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
-        axis = parts.one_of("Axis", list(_AXES), key="axis")
-        extent = parts.one_of("Epochs", _RANGES, key="epochs")
-        splits = st.segmented_control(
-            "Photos",
-            SPLITS,
-            selection_mode="multi",
-            default=SPLITS,
-            key="photos",
-            bind="query-params",
-            persist_state="session",
-        )
-        seeds = "Seed" in settings
-        lines = parts.one_of("Lines", ["Each run", _MEAN], key="lines") if seeds else ""
-        with st.popover("More"):
-            look = _choose_look(settings)
+    axis = parts.one_of("Axis", list(_AXES), key="axis")
+    extent = parts.one_of("Epochs", _RANGES, key="epochs")
+    splits = st.segmented_control(
+        "Photos",
+        SPLITS,
+        selection_mode="multi",
+        default=SPLITS,
+        key="photos",
+        bind="query-params",
+        persist_state="session",
+    )
+    seeds = "Seed" in settings
+    lines = parts.one_of("Lines", ["Each run", _MEAN], key="lines") if seeds else ""
+    with st.popover("More"):
+        look = _choose_look(settings)
     return View(
         axis=_AXES[axis],
         panels=axis == _PANELS,
@@ -87,6 +90,19 @@ def _choose_view(settings: Sequence[str]) -> View:
         zoomed=extent == _RANGES[1],
         means=lines == _MEAN,
         look=look,
+    )
+
+
+def _report(snapshot: Snapshot, selected: Sequence[str]) -> None:
+    st.download_button(
+        "Report",
+        lambda: report_html(snapshot, selected),
+        file_name="thaw-report.html",
+        mime="text/html",
+        key="report",
+        on_click="ignore",
+        icon=":material/description:",
+        help="All of this as one file to hand in; drawing it takes some seconds",
     )
 
 
@@ -156,7 +172,7 @@ def _method(tested: int) -> str:
     many = f", adjusted for the {tested} runs shown (Holm)" if tested > 1 else ""
     return (
         "Intervals are bootstrapped over the photos, paired; p is McNemar's exact test on the "
-        f"photos fixed and broken{many}. "
+        f"photos fixed and broken{many}, and decides where the two disagree. "
     )
 
 

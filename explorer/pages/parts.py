@@ -24,6 +24,9 @@ from explorer.data import Library, Snapshot, runs_dir_from
 from explorer.render import to_svg
 from trainer.runlog import Run
 
+PageName = Literal["compare", "runs", "sweep", "changed", "classify", "exporting", "importing"]
+
+_ASKED: Final = "asked"  # what another page wants chosen here
 _WHILE_RUNNING: Final = 2.0
 _WHILE_IDLE: Final = 15.0  # only to notice a run that has just been started
 _STYLE: Final = """<style>
@@ -125,27 +128,24 @@ def problems(snapshot: Snapshot) -> None:
 
 
 def remembered(key: str, options: Sequence[str], default: Sequence[str]) -> tuple[list[str], int]:
-    """The selection to start a widget with: this session's, else the link's, else `default`.
+    """The selection to start a widget with: what another page asked for, else this session's, else
+    the link's, else `default`.
 
     Also returns how many of the link's entries are not there (any more). Streamlit's own binding to
     the URL would write the labels, which change when another run gets the same name, and would
     leave a default selection out, so that a link showed something else the day after.
     """
-    wanted = st.session_state.get(key)
-    if wanted is None:
-        wanted = st.query_params.get_all(key) or list(default)
-    wanted = [wanted] if isinstance(wanted, str) else wanted
+    known = _wanted(key)
+    wanted = list(default) if known is None else known
+    # Once: from then on the choice is the widget's own.
+    st.session_state.get(_ASKED, {}).pop(key, None)
     present = [name for name in wanted if name in options]
     return present, len(wanted) - len(present)
 
 
-PageName = Literal["compare", "runs", "sweep", "changed", "classify", "export", "importing"]
-
-
 def go(page: PageName, **state: str | list[str]) -> NoReturn:
-    """Open another page with these widgets set, such as run="20260101-120000-name"."""
-    for name, value in state.items():
-        st.session_state[name] = value
+    """Open another page with these choices made there, such as run="20260101-120000-name"."""
+    st.session_state[_ASKED] = state
     # Named, or Streamlit would have to clear a link in which widgets keep their values, and fails.
     st.switch_page(st.Page(opener(page), url_path=page), query_params=state)
 
@@ -218,10 +218,16 @@ def choose_run(snapshot: Snapshot, suitable: Callable[[Run], bool]) -> Run:
 
 def _offered(snapshot: Snapshot, key: str) -> list[str]:
     """Archived runs are offered only where a link or another page names them."""
-    wanted = st.session_state.get(key, st.query_params.get_all(key))
-    wanted = [wanted] if isinstance(wanted, str) else wanted
-    current = snapshot.current or snapshot.newest_first
-    return [name for name in snapshot.newest_first if name in current or name in wanted]
+    offered = {*(snapshot.current or snapshot.newest_first), *(_wanted(key) or ())}
+    return [name for name in snapshot.newest_first if name in offered]
+
+
+def _wanted(key: str) -> list[str] | None:
+    """What is to be chosen, also if it is nothing; None where nobody says."""
+    linked = st.query_params.get_all(key) or None
+    asked = st.session_state.get(_ASKED, {})
+    wanted = asked.get(key, st.session_state.get(key, linked))
+    return [wanted] if isinstance(wanted, str) else wanted
 
 
 def chart(drawn: ChartType, key: str, alt_text: str) -> None:

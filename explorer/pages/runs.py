@@ -247,7 +247,7 @@ def _of_one(name: str) -> None:
     if st.button("What changed"):
         parts.go("changed", run=name)
     if st.button("Export"):
-        parts.go("export", run=name)
+        parts.go("exporting", run=name)
     if st.button("Command"):
         _ask("command", [name])
     if st.button("Edit"):

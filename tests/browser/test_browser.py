@@ -77,7 +77,7 @@ def test_colour_and_dash_stand_for_settings_and_the_link_keeps_it(
 ) -> None:
     page = open_page(f"{app}?colour=Learning+rate&dash=Learning+rate")
     accuracy = chart(page)
-    expect(legend_entry(accuracy, "0.001").first).to_be_attached()
+    expect(legend_entry(accuracy, "1e-3").first).to_be_attached()
     expect(accuracy.locator(".role-legend-title", has_text="Learning rate").first).to_be_attached()
     widths = set(accuracy.evaluate(LINES.format("stroke-width")))
     assert widths == {"2.5", "0.9"}  # dashes are taken, so training is thinner
@@ -128,7 +128,7 @@ def test_a_chart_can_be_had_as_svg(app: str, open_page: OpenPage) -> None:
 
 def test_ticked_runs_are_compared(app: str, open_page: OpenPage) -> None:
     page = open_page(f"{app}/runs?search=finetune")  # what is in the link must not be in the way
-    expect(page.get_by_role("heading", name="Which runs are there, and what came of them?")).to_be_visible()
+    expect(page.get_by_role("heading", name="Which runs are there")).to_be_visible()
     table = page.get_by_test_id("stDataFrame").locator("canvas").first
     expect(table).to_be_visible()
     for row in (1, 2):  # under the header: the newest run, and the one before

@@ -19,7 +19,7 @@ PAGES = {
     "sweep": "Sweep",
     "changed": "What changed",
     "classify": "Classify",
-    "export": "Export",
+    "exporting": "Export",
     "importing": "Import",
 }
 
