@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from explorer.changed import FEW, Change, Names, Scored
-from explorer.compare import points
+from trainer.evidence import points
 
 BINS: Final = 10
 _Z95: Final = 1.959964  # a normal distribution lies within this many sigma to 95%

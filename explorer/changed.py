@@ -10,24 +10,25 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from explorer.compare import points
-from explorer.evidence import (
+from explorer.render import printable
+from trainer.evidence import (
     SIGNIFICANT,
     Evidence,
     EvidenceError,
     Predictions,
     compare,
     holm,
+    load_logits,
     mcnemar,
+    points,
     sentence,
 )
-from explorer.render import printable
 from trainer.runlog import Stamp, stamp
 
 Names = tuple[str, str]  # what the two networks are, such as ("Before unfreezing", ...)
@@ -87,27 +88,13 @@ def _between(before: Path, _: Stamp, after: Path, __: Stamp, classes: tuple[str,
 
 def load_scored(path: Path) -> Scored:
     """Read what a run saved. Raises EvidenceError with the reason."""
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            logits, labels, files = (content[name] for name in ("logits", "labels", "files"))
-    except Exception as error:  # numpy and zipfile raise nearly anything on damaged files
-        raise EvidenceError(f"The predictions {path} cannot be read: {error}") from error
-    if problem := _problem(logits, labels, files):
-        raise EvidenceError(f"The predictions {path} are damaged: {problem}.")
-    return scored(tuple(map(str, files.tolist())), labels.astype(np.int64), logits)
-
-
-def _problem(logits: NDArray[Any], labels: NDArray[Any], files: NDArray[Any]) -> str:
-    shapes = logits.ndim == 2 and labels.ndim == files.ndim == 1 and logits.size > 0
-    if not shapes or not len(logits) == len(labels) == len(files):
-        return "their parts do not fit"
-    if logits.dtype.kind != "f" or labels.dtype.kind not in "iu" or files.dtype.kind != "U":
-        return "their parts have the wrong type"
+    files, labels, logits = load_logits(path)
     if not np.isfinite(logits).all():
-        return "some logits are not numbers, so the network had diverged"
+        what = "some logits are not numbers, so the network had diverged"
+        raise EvidenceError(f"The predictions {path} are damaged: {what}.")
     if not ((labels >= 0) & (labels < logits.shape[1])).all():
-        return "some labels are outside the classes"
-    return ""
+        raise EvidenceError(f"The predictions {path} are damaged: labels outside the classes.")
+    return scored(files, labels, logits)
 
 
 def scored(files: tuple[str, ...], labels: Integers, logits: NDArray[np.floating]) -> Scored:

@@ -15,7 +15,7 @@ import pandas as pd
 from explorer.calibration import reliability
 from explorer.changed import Change, Names, short
 from explorer.charts import NOTE_COLOUR, RUN_COLOURS
-from explorer.compare import points
+from trainer.evidence import points
 
 Matrix = Literal["before", "after", "difference"]
 

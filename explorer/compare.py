@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from explorer.data import Snapshot, dataset_size, is_control
+from trainer.evidence import digits as decimals
+from trainer.evidence import points
 from trainer.runlog import Run
 
 
@@ -77,17 +79,6 @@ def summaries(snapshot: Snapshot, selected: Sequence[str]) -> list[Summary]:
     ]
 
 
-def points(fraction: float) -> str:
-    """A difference of accuracies as signed percentage points: 0.004 -> "+0.4"."""
-    text = f"{100 * fraction:+.{_digits(fraction)}f}"
-    return "0.0" if float(text) == 0 else text.replace("-", "\u2212")
-
-
-def _digits(change: float) -> int:
-    # With thousands of validation photos a gain of 0.08 points is real; don't print it as 0.1.
-    return 2 if 0 < abs(change) < 0.001 else 1
-
-
 def verdict(summary: Summary) -> str:
     """One sentence on what unfreezing did, or a control without it; empty for any other run."""
     if summary.phase != "finetune" and not summary.control:
@@ -98,7 +89,7 @@ def verdict(summary: Summary) -> str:
         waiting = "still running" if summary.status == "running" else f"status {summary.status}"
         what = "No further epoch" if summary.control else "No epoch after unfreezing"
         return f"{what} yet ({waiting}); it starts from {summary.boundary_acc:.1%}."
-    digits = _digits(summary.change)
+    digits = decimals(summary.change)
     # No-break spaces: a line that ends with the arrow is hard to read.
     reached = f"{summary.boundary_acc:.{digits}%}\u00a0→\u00a0{summary.best_acc:.{digits}%}"
     what = "with the head alone (control)" if summary.control else "after unfreezing"

@@ -9,8 +9,9 @@ from typing import Final
 
 import numpy as np
 
-from explorer.compare import Summary, points
-from explorer.evidence import SIGNIFICANT, Evidence, Findings, adjusted
+from explorer.compare import Summary
+from explorer.evidence import Findings, adjusted
+from trainer.evidence import SIGNIFICANT, Evidence, points
 from trainer.runlog import Run
 from trainer.schema import EpochRecord
 

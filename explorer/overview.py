@@ -11,10 +11,11 @@ from typing import Any, Final
 import pandas as pd
 
 from explorer.annotations import Annotation
-from explorer.compare import points, summarise
+from explorer.compare import summarise
 from explorer.data import Snapshot
-from explorer.evidence import Evidence, Findings, findings
+from explorer.evidence import Findings, findings
 from explorer.settings import settings
+from trainer.evidence import Evidence, points
 from trainer.runlog import Run
 
 # Of these, a column that says the same of every run is folded away.

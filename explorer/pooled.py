@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from explorer.evidence import Evidence, EvidenceError, interval, load_predictions
+from trainer.evidence import Evidence, EvidenceError, interval, load_predictions
 from trainer.runlog import Stamp, stamp
 
 Pair = tuple[Path, Path]  # the predictions before and after

@@ -40,14 +40,7 @@ from explorer.curves import (
     seed_means,
 )
 from explorer.data import Snapshot, epochs_frame, lineage
-from explorer.evidence import (
-    Evidence,
-    EvidenceError,
-    Findings,
-    adjusted,
-    evidence_lines,
-    findings,
-)
+from explorer.evidence import Findings, adjusted, evidence_lines, findings
 from explorer.report_html import FULL, HALF, Figure, Line, Report, Section, Table
 from explorer.report_origin import commands_of, environment_of, problems_of, settings_of
 from explorer.settings import SETTINGS, settings, varied, with_settings, without_seed
@@ -55,6 +48,7 @@ from explorer.sweep import measure, section
 from explorer.sweep_charts import heatmap, schedule_curves, schedule_dots
 from explorer.sweep_members import SEED, members
 from explorer.sweep_members import varied as varied_in_sweep
+from trainer.evidence import Evidence, EvidenceError
 from trainer.runlog import Run
 from trainer.schema import ThawError
 

@@ -12,9 +12,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import pandas as pd
 
-from explorer.compare import points
 from explorer.data import Snapshot
-from explorer.evidence import SIGNIFICANT, Evidence
 from explorer.sweep_members import (
     LAYERS,
     OF_SCHEDULE,
@@ -35,6 +33,7 @@ from explorer.sweep_members import (
     varied,
 )
 from explorer.sweep_words import details, headline, p_text
+from trainer.evidence import SIGNIFICANT, Evidence, points
 from trainer.runlog import Run
 
 Split = Literal["", "Schedule", "Seed"]

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, get_args
 
 from explorer.compare import Summary, summarise
 from explorer.data import Snapshot, is_control
-from explorer.evidence import Evidence, control_of, holm
+from explorer.evidence import control_of
 from explorer.pooled import Pair, pooled
 from explorer.settings import (
     SETTINGS,
@@ -28,6 +28,7 @@ from explorer.settings import (
     settings,
 )
 from trainer.config import ScheduleName
+from trainer.evidence import Evidence, holm
 from trainer.grid import word
 from trainer.ranking import reason
 from trainer.runlog import Run

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from explorer.compare import points
-from explorer.evidence import SIGNIFICANT, Evidence, holm, sentence
 from explorer.pooled import pooled
 from explorer.sweep_members import REFERENCES, SEED, Reference, Standing, adjusted_p, label
+from trainer.evidence import SIGNIFICANT, Evidence, holm, points, sentence
 
 
 def headline(ranked: Sequence[Standing], names: Sequence[str], against: Reference | None) -> str:

@@ -65,3 +65,9 @@ def test_opening_the_app_loads_nothing_that_is_slow() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == {}  # what was loaded, and the module that did it first
+
+
+def test_no_page_hides_a_module() -> None:
+    # Streamlit looks for modules first in the folder of the script that it runs.
+    pages = {path.stem for path in (ROOT / "explorer/pages").glob("*.py")}
+    assert not pages & {*FLOORS, *sys.stdlib_module_names}

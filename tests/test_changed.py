@@ -44,9 +44,9 @@ from explorer.changed_charts import (
     matrix,
     reliability_chart,
 )
-from explorer.evidence import EvidenceError, Predictions, compare
 from explorer.gallery import chosen_photos, photo_path, photo_table, small_jpeg
 from tests.explorer_runs import write_run, write_trunk
+from trainer.evidence import EvidenceError, Predictions, compare
 from trainer.preprocess import PhotoError
 
 NAMES: Names = ("Before unfreezing", "After unfreezing")

@@ -10,8 +10,9 @@ import pytest
 from explorer.compare import group_table, summaries
 from explorer.conclusions import best_by_chance, flags, headline, warning
 from explorer.data import Library
-from explorer.evidence import Evidence, Findings
+from explorer.evidence import Findings
 from tests.explorer_runs import write_finetune, write_trunk
+from trainer.evidence import Evidence
 from trainer.runlog import read_run
 
 

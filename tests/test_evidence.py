@@ -9,21 +9,19 @@ import numpy as np
 import pytest
 
 from explorer.data import Library
-from explorer.evidence import (
+from explorer.evidence import control_of, evidence_lines, findings
+from tests.explorer_runs import write_run, write_trunk
+from trainer.evidence import (
     Evidence,
     EvidenceError,
     Predictions,
     compare,
-    control_of,
-    evidence_lines,
-    findings,
     holm,
     interval,
     load_predictions,
     mcnemar,
     sentence,
 )
-from tests.explorer_runs import write_run, write_trunk
 
 PHOTOS = 200
 

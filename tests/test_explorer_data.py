@@ -13,9 +13,10 @@ import pytest
 from explorer import data
 from explorer.annotations import Annotation, save_annotation
 from explorer.charts import long_frame
-from explorer.compare import points, resolution, summaries, table, verdict
+from explorer.compare import resolution, summaries, table, verdict
 from explorer.data import Library, epochs_frame, lineage, runs_dir_from
 from tests.explorer_runs import record, write_finetune, write_run, write_trunk
+from trainer.evidence import points
 
 
 def snapshot(runs_dir: Path) -> data.Snapshot:

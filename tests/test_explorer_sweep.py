@@ -15,7 +15,6 @@ from streamlit.testing.v1 import AppTest
 
 from explorer.annotations import Annotation, save_annotation
 from explorer.data import Library, Snapshot
-from explorer.evidence import compare, holm
 from explorer.pooled import pooled, sign_flip
 from explorer.sweep import measure, section
 from explorer.sweep_charts import CELL, heatmap, limit, parallel, schedule_curves, schedule_dots
@@ -23,6 +22,7 @@ from explorer.sweep_members import groups, rate_text
 from tests.explorer_runs import record, write_run, write_trunk
 from tests.test_evidence import PHOTOS, predictions, save
 from trainer.config import Config
+from trainer.evidence import compare, holm
 from trainer.grid import Plan, plan
 from trainer.loop import diverged
 from trainer.ranking import standings

@@ -37,10 +37,11 @@ from explorer.changed_charts import (
     reliability_chart,
 )
 from explorer.data import Snapshot
-from explorer.evidence import EvidenceError, control_of
+from explorer.evidence import control_of
 from explorer.gallery import Outcome, chosen_photos, photo_path, photo_table, small_jpeg
 from explorer.pages import parts
 from explorer.render import printable
+from trainer.evidence import EvidenceError
 from trainer.preprocess import PhotoError
 from trainer.runlog import Run, Stamp, stamp
 
