@@ -39,7 +39,7 @@ _AXES: Final[dict[str, Axis]] = {
 }
 _RANGES: Final = ("Whole run", "Around unfreezing")
 _MEAN: Final = "Mean over seeds"
-_ABOVE: Final = 6  # with more verdicts than these, the curves come first
+_ABOVE: Final = 3  # with more verdicts than these, the curves come first
 
 
 def page() -> None:
