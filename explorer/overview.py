@@ -88,7 +88,8 @@ class Overview:
     def _refreshed(self, snapshot: Snapshot) -> dict[str, _Row]:
         kept = {name: row for name, row in self._rows.items() if _holds(snapshot, name, row)}
         others = [name for name in snapshot.runs if name not in kept]
-        comparable = {name for name in others if _comparable(snapshot.runs[name])}
+        # In their order: the runs of one control follow each other, and it is read once.
+        comparable = [name for name in others if _comparable(snapshot.runs[name])]
         found = findings(snapshot, comparable)
         return kept | {
             name: _Row(run := snapshot.runs[name], _values(run, found.get(name)), name in found)

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+
+# A thread for each of the processes that the tests are divided among: more would only wait.
+# Before torch is imported, which reads it then.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
