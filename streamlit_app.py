@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,15 +9,16 @@ from contextlib import asynccontextmanager
 import streamlit as st
 from starlette.formparsers import MultiPartParser
 
+from explorer.loading import load
+
 # Uploads stay in memory: what is larger would be written to a temporary file.
 MultiPartParser.spool_max_size = 2**25
 
 
 @asynccontextmanager
 async def _warm_up(app: st.App) -> AsyncIterator[None]:
-    """Import pandas and Altair while the browser is still opening: over half a second."""
-    first = ("explorer.pages.compare",)
-    threading.Thread(target=importlib.import_module, args=first, daemon=True).start()
+    """Import pandas and Altair while the browser is still opening."""
+    threading.Thread(target=load, daemon=True).start()
     yield
 
 

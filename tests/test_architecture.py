@@ -71,3 +71,23 @@ def test_no_page_hides_a_module() -> None:
     # Streamlit looks for modules first in the folder of the script that it runs.
     pages = {path.stem for path in (ROOT / "explorer/pages").glob("*.py")}
     assert not pages & {*FLOORS, *sys.stdlib_module_names}
+
+
+def test_only_one_thread_at_a_time_imports_altair() -> None:
+    """Two that begin at once, the app's own and a visitor's, find its modules half done."""
+    code = (
+        "import sys, threading\n"
+        "from streamlit_app import load\n"
+        "import explorer.pages.app\n"
+        "assert 'altair' not in sys.modules\n"
+        "failed = []\n"
+        "def visit():\n"
+        "    try: load()\n"
+        "    except Exception as error: failed.append(error)\n"
+        "threads = [threading.Thread(target=visit) for _ in range(8)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "assert not failed, failed\n"
+        "import explorer.pages.parts\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import streamlit as st
 
-from explorer.pages import parts
+from explorer.loading import load
 
-_TITLES: Final[dict[parts.PageName, str]] = {
+if TYPE_CHECKING:
+    from explorer.pages.parts import PageName
+
+_TITLES: Final[dict[PageName, str]] = {
     "compare": "Compare",
     "runs": "Runs",
     "sweep": "Sweep",
@@ -21,8 +24,11 @@ _TITLES: Final[dict[parts.PageName, str]] = {
 
 def main() -> None:
     st.set_page_config(page_title="Thaw", layout="wide")
+    load()
+    from explorer.pages.parts import opener
+
     pages = [
-        st.Page(parts.opener(name), title=title, url_path=name, default=name == "compare")
+        st.Page(opener(name), title=title, url_path=name, default=name == "compare")
         for name, title in _TITLES.items()
     ]
     st.navigation(pages, position="top").run()
