@@ -7,19 +7,22 @@ for result in classifier.classify([Path("a.jpg"), uploaded_file, pil_image]):
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from export.metadata import INPUT, OUTPUTS, ModelFileError, ModelMetadata
-from export.session import Device, Session, open_session
+from export.session import Device, Session, Tell, open_session
 from trainer.preprocess import Photo, PhotoError, load_photo, to_array, upright_rgb
 from trainer.process import usable_cores
 from trainer.schema import Preprocess, ThawError
@@ -27,9 +30,12 @@ from trainer.schema import Preprocess, ThawError
 # An image that is open already is taken as it is. A large JPEG is decoded at reduced size where its
 # path or file is given, as in training; the difference is a fraction of a grey level.
 Source = Path | IO[bytes] | Image.Image
+Item = tuple[int, Source]  # an image and its place among those that were given
 Decoded = tuple[str, Photo | PhotoError]  # the photo's name, and the photo or what is wrong with it
+T = TypeVar("T")
 
-BATCH: Final = 32
+# On a GPU. On the CPU photos are run one by one.
+BATCH: Final = 64
 TOP: Final = 5
 
 
@@ -56,24 +62,49 @@ class InferenceError(ThawError):
 
 
 class Classifier:
-    """A model of Thaw, ready to classify. Any number of threads may use one at the same time."""
+    """A model of Thaw, ready to classify. Any number of threads may use one at the same time.
 
-    def __init__(self, session: Session, metadata: ModelMetadata) -> None:
+    On the CPU each core takes a photo of its own, decodes it and runs it: what lies between two
+    layers of one photo stays in the core's cache, and no core waits for another. Only where there
+    are fewer photos than cores all cores work on each layer.
+    """
+
+    def __init__(
+        self, session: Session, metadata: ModelMetadata, content: bytes, batch: int | None
+    ) -> None:
         self._session = session
         self.metadata = metadata
+        self._content = content
+        self._batch = batch
+        self._cores = usable_cores()
+        self._pool = ThreadPoolExecutor(self._cores, "photos")
+        self._all_cores: Session | None = None
+        self._opening = threading.Lock()
 
     @classmethod
-    def load(cls, path: Path, device: Device = "auto") -> Classifier:
-        """Open a model.onnx. Raises ModelFileError, or DeviceError (see `open_session`)."""
+    def load(
+        cls,
+        path: Path,
+        device: Device = "auto",
+        batch: int | None = None,
+        tell: Tell | None = None,
+    ) -> Classifier:
+        """Open a model.onnx.
+
+        `batch` is the number of photos that run at a time: BATCH on a GPU unless given, one on each
+        core of the CPU unless given. `tell` is told what takes minutes.
+        Raises ModelFileError, or DeviceError (see `open_session`).
+        """
         try:
-            session = open_session(path.read_bytes(), device)
+            content = path.read_bytes()
+            session = open_session(content, device, batch or BATCH, one_core=True, tell=tell)
             metadata = ModelMetadata.from_props(session.runtime.get_modelmeta().custom_metadata_map)
             _check_shapes(session, metadata)
         except OSError as error:
             raise ModelFileError(f"Cannot read the model {path}: {error.strerror}.") from error
         except ModelFileError as error:
             raise ModelFileError(f"{path} is not a model that Thaw can use: {error}") from error
-        return cls(session, metadata)
+        return cls(session, metadata, content, batch)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -90,57 +121,81 @@ class Classifier:
         return self._session.note
 
     def classify(
-        self, images: Iterable[Source], top: int = TOP, batch: int = BATCH
+        self, images: Iterable[Source], top: int = TOP, batch: int | None = None
     ) -> list[Result]:
         """One result per image, in order; an image that cannot be read gets an error instead."""
         return list(self.stream(images, top, batch))
 
     def stream(
-        self, images: Iterable[Source], top: int = TOP, batch: int = BATCH
+        self, images: Iterable[Source], top: int = TOP, batch: int | None = None
     ) -> Iterator[Result]:
-        """As `classify`, while the work goes on: photos are decoded ahead, in other threads.
+        """As `classify`, while the work goes on. `batch` (see `load`) is for these images only.
 
-        At most 3 batches are in memory. Raises InferenceError when the model itself fails.
+        A few images are taken ahead, and at most 3 batches, or a photo for each core, are in
+        memory. Raises InferenceError when the model itself fails.
         """
-        pool = ThreadPoolExecutor(min(8, usable_cores() + 1), "decode")
-        try:
-            pending: deque[Future[Decoded]] = deque()
-            for item in enumerate(images):
-                pending.append(pool.submit(self._decode, item))
-                if len(pending) == 3 * batch:
-                    yield from self._results(_take(pending, batch), top)
-            while pending:
-                yield from self._results(_take(pending, batch), top)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        batch = batch or self._batch
+        rest = iter(images)
+        first = list(islice(rest, self._cores))
+        items = enumerate(chain(first, rest))
+        if batch is None and self._session.buffers is None and len(first) == self._cores:
+            yield from self._each(items, top)
+        else:
+            yield from self._in_batches(items, top, batch or BATCH)
 
-    def _decode(self, item: tuple[int, Source]) -> Decoded:
-        number, source = item
+    def _each(self, images: Iterable[Item], top: int) -> Iterator[Result]:
+        """Photo by photo, each core its own."""
+
+        def work(image: Item) -> Result:
+            return next(self._results(self._session, [self._decode(image)], top))
+
+        yield from self._ahead(work, images, 8 * self._cores)
+
+    def _in_batches(self, images: Iterable[Item], top: int, batch: int) -> Iterator[Result]:
+        """In batches, while the next are decoded."""
+        session = self._session if self._session.buffers is not None else self._on_all_cores()
+        with closing(self._ahead(self._decode, images, 2 * batch)) as decoded:
+            while group := list(islice(decoded, batch)):
+                yield from self._results(session, group, top)
+
+    def _ahead(
+        self, work: Callable[[Item], T], images: Iterable[Item], most: int
+    ) -> Generator[T, None, None]:
+        """What `work` gives for each, in order, with up to `most` at work or done in the pool."""
+        pending: deque[Future[T]] = deque()
+        try:
+            for image in images:
+                pending.append(self._pool.submit(work, image))
+                if len(pending) == most:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def _on_all_cores(self) -> Session:
+        with self._opening:
+            if self._all_cores is None:
+                self._all_cores = open_session(self._content, "cpu")
+            return self._all_cores
+
+    def _decode(self, image: Item) -> Decoded:
+        number, source = image
         name = str(source) if isinstance(source, Path) else f"photo {number + 1}"
         try:
             return name, _load(source, self.metadata.preprocess)
         except PhotoError as error:
             return name, error
 
-    def _results(self, group: Sequence[Decoded], top: int) -> Iterator[Result]:
+    def _results(self, session: Session, group: Sequence[Decoded], top: int) -> Iterator[Result]:
         photos = [photo for _, photo in group if not isinstance(photo, PhotoError)]
-        rows = iter(self._probabilities(np.stack(photos)) if photos else ())
+        rows = iter(_probabilities(session, np.stack(photos)) if photos else ())
         for name, photo in group:
             if isinstance(photo, PhotoError):
                 yield Result(name, error=str(photo))
             else:
                 yield self._result(name, next(rows), top)
-
-    def _probabilities(self, photos: Photo) -> NDArray[np.float32]:
-        """uint8 [N, H, W, 3] -> float32 [N, classes]."""
-        try:
-            (probabilities,) = self._session.runtime.run([OUTPUTS[1]], {INPUT: photos})
-        except Exception as error:  # ONNX Runtime has no common base class for its errors
-            raise InferenceError(
-                f"{self.provider} failed on a batch of {len(photos)} photos ({error}). A smaller "
-                "--batch needs less memory."
-            ) from error
-        return probabilities
 
     def _result(self, name: str, probabilities: NDArray[np.float32], top: int) -> Result:
         if not np.isfinite(probabilities).all():
@@ -149,6 +204,17 @@ class Classifier:
         return Result(
             name, tuple(Prediction(self.classes[i], int(i), float(probabilities[i])) for i in best)
         )
+
+
+def _probabilities(session: Session, photos: Photo) -> NDArray[np.float32]:
+    """uint8 [N, H, W, 3] -> float32 [N, classes]."""
+    try:
+        return session.probabilities(photos)
+    except Exception as error:  # ONNX Runtime has no common base class for its errors
+        remedy = "A smaller --batch needs less memory." if len(photos) > 1 else ""
+        raise InferenceError(
+            f"{session.provider} failed on {len(photos)} photos ({error}). {remedy}".rstrip()
+        ) from error
 
 
 def _load(source: Source, preprocess: Preprocess) -> Photo:
@@ -167,7 +233,3 @@ def _check_shapes(session: Session, metadata: ModelMetadata) -> None:
     expected = {name: [len(metadata.classes)] for name in OUTPUTS}
     if inputs != [(INPUT, "tensor(uint8)", [side, side, 3])] or outputs != expected:
         raise ModelFileError("its inputs and outputs do not fit its metadata; export it anew.")
-
-
-def _take(pending: deque[Future[Decoded]], count: int) -> list[Decoded]:
-    return [pending.popleft().result() for _ in range(min(count, len(pending)))]

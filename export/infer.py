@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from tqdm import tqdm
 
@@ -27,11 +29,16 @@ from trainer.schema import ThawError
 __all__ = ["Classifier", "Prediction", "Result", "find_photos", "main"]
 
 TOP: Final = 3
+STDIN: Final = "-"
 _WIDEST_NAME: Final = 60
+# Of a column of names that are not known yet.
+_USUAL_NAME: Final = 40
+# The most that is taken from standard input at once, in bytes.
+_BLOCK: Final = 1 << 16
 
 
 class PathError(ThawError):
-    """A path on the command line that leads to no photos."""
+    """A path that leads to no photos."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,17 +50,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def find_photos(paths: Iterable[Path]) -> list[Path]:
     """The files as given, and of folders all photos below them, sorted. Raises PathError."""
-    photos: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            photos += _photos_below(path)
-        elif path.exists():
-            photos.append(path)
-        else:
-            raise PathError(f"There is no photo or folder {path}.")
+    paths = list(paths)
+    photos = [photo for path in paths for photo in _photos_of(path)]
     if not photos:
         raise PathError(f"No photos in {', '.join(map(str, paths))}.")
     return photos
+
+
+def _photos_of(path: Path) -> list[Path]:
+    try:
+        if path.is_dir():
+            return list(_photos_below(path))
+        if path.exists():
+            return [path]
+    except OSError as error:  # above all: a name too long for the system
+        raise PathError(f"Cannot read {path}: {error.strerror}.") from error
+    raise PathError(f"There is no photo or folder {path}.")
 
 
 def _photos_below(folder: Path) -> Iterator[Path]:
@@ -66,28 +78,81 @@ def _photos_below(folder: Path) -> Iterator[Path]:
 
 
 def _classify(args: argparse.Namespace) -> int:
-    classifier = Classifier.load(args.model, args.device)
+    classifier = Classifier.load(args.model, args.device, args.batch, _note)
     if classifier.note:
-        print("note:", inert(classifier.note), file=sys.stderr)
-    photos = find_photos(args.paths)
-    emit = _FORMATS[args.format](classifier, photos, args.top)
-    results = []
+        _note(classifier.note)
+    named = _named(args.paths)
+    known = [photo for group in named for photo in group or ()]
     started = time.perf_counter()
-    for result in _watched(classifier.stream(photos, args.top, args.batch), len(photos)):
-        results.append(result)
+    results = _results(classifier, named, args.top)
+    if (first := next(results, None)) is None:
+        raise PathError(f"No photos in {', '.join(args.paths)}.")
+    emit = _FORMATS[args.format](classifier, known, args.top)
+    kept: list[Result] = []
+    count = failed = 0
+    for result in _watched(chain([first], results), None if None in named else len(known)):
         emit(result)
-    rate = len(photos) / (time.perf_counter() - started)
+        count, failed = count + 1, failed + (result.error is not None)
+        if args.format == "json":
+            kept.append(result)
+    rate = count / (time.perf_counter() - started)
     if args.format == "json":
-        _print_json(results, classifier, args.model, rate)
-    failed = sum(result.error is not None for result in results)
-    print(
-        f"{len(photos)} photos, {failed} failed, {rate:.1f} images/s, {classifier.provider}",
-        file=sys.stderr,
-    )
+        _print_json(kept, classifier, args.model, rate)
+    summary = f"{count} photos, {failed} failed, {rate:.1f} images/s, {classifier.provider}"
+    print(summary, file=sys.stderr)
     return 1 if failed else 0
 
 
-def _watched(results: Iterable[Result], total: int) -> Iterator[Result]:
+def _note(text: str) -> None:
+    print("note:", inert(text), file=sys.stderr)
+
+
+def _named(paths: Sequence[str]) -> list[list[Path] | None]:
+    """The photos that the command line names, and None where they come from standard input.
+    Raises PathError."""
+    return [
+        None if from_stdin else [photo for name in names for photo in _photos_of(Path(name))]
+        for from_stdin, names in groupby(paths, lambda name: name == STDIN)
+    ]
+
+
+def _results(
+    classifier: Classifier, named: Iterable[list[Path] | None], top: int
+) -> Iterator[Result]:
+    for group in named:
+        for part in _from_stdin() if group is None else [group]:
+            if isinstance(part, Result):
+                yield part
+            else:
+                yield from classifier.stream(part, top)
+            sys.stdout.flush()  # whoever wrote these paths may wait for the answer
+
+
+def _from_stdin() -> Iterator[list[Path] | Result]:
+    """Paths, one a line, as they arrive: all photos that are there at once, or a path that leads to
+    none, which is one photo that failed."""
+    if sys.stdin is None:
+        raise PathError("There is no standard input to read paths from.")
+    source, rest = cast(io.BufferedReader, sys.stdin.buffer), b""
+    while block := source.read1(_BLOCK):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from _grouped(lines)
+    yield from _grouped([rest])
+
+
+def _grouped(lines: Iterable[bytes]) -> Iterator[list[Path] | Result]:
+    photos: list[Path] = []
+    for name in (os.fsdecode(line.removesuffix(b"\r")) for line in lines):
+        try:
+            photos += _photos_of(Path(name)) if name else []
+        except PathError as error:
+            yield photos
+            yield Result(name, error=str(error))
+            photos = []
+    yield photos
+
+
+def _watched(results: Iterable[Result], total: int | None) -> Iterator[Result]:
     """The same results, with a bar on a terminal and a line for each photo that failed."""
     with tqdm(total=total, unit="img", disable=None, leave=False, dynamic_ncols=True) as bar:
         for result in results:
@@ -103,7 +168,9 @@ Emit = Callable[[Result], None]
 
 
 def _table(classifier: Classifier, photos: Sequence[Path], top: int) -> Emit:
-    width = min(_WIDEST_NAME, max(len(inert(str(photo))) for photo in photos))
+    print(f"{inert(classifier.metadata.run_id)} on {classifier.provider}")
+    names = [len(inert(str(photo))) for photo in photos]
+    width = min(_WIDEST_NAME, max(names, default=_USUAL_NAME))
     label = max(len("label"), *(len(inert(name)) for name in classifier.classes))
     head = [f"{'file':<{width}}", f"{'label':<{label}}", "probability"]
     places = range(2, min(top, len(classifier.classes)) + 1)
@@ -127,12 +194,13 @@ def _csv(classifier: Classifier, photos: Sequence[Path], top: int) -> Emit:
     suffixes = ["", *(f"_{place}" for place in range(2, shown + 1))]
     writer = csv.writer(sys.stdout, lineterminator="\n")
     names = [f"{name}{suffix}" for suffix in suffixes for name in ("label", "probability")]
-    writer.writerow(["file", *names, "error"])
+    writer.writerow(["file", *names, "error", "provider"])
 
     def emit(result: Result) -> None:
         cells = [c for p in result.top for c in (inert_cell(p.label), f"{p.probability:.6f}")]
         cells += [""] * (2 * shown - len(cells))
-        writer.writerow([inert_cell(result.photo), *cells, inert_cell(result.error or "")])
+        why = inert_cell(result.error or "")
+        writer.writerow([inert_cell(result.photo), *cells, why, classifier.provider])
 
     return emit
 
@@ -184,13 +252,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model.onnx")
     parser.add_argument(
-        "paths", type=Path, nargs="+", metavar="PATH", help="photos, and folders of photos"
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="photos, folders of photos, and - for paths on standard input, one a line",
     )
     parser.add_argument(
         "--device",
         choices=DEVICES,
         default="auto",
-        help="auto: the GPU where CUDA works, else the CPU; the summary says which (default: auto)",
+        help="auto: the GPU where CUDA works, else the CPU; every output says which (default: "
+        "auto). tensorrt builds an engine for the model and GPU first, which takes minutes, once",
     )
     parser.add_argument(
         "--top", type=_positive, default=TOP, metavar="K", help=f"classes to show (default: {TOP})"
@@ -198,9 +270,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch",
         type=_positive,
-        default=BATCH,
         metavar="N",
-        help=f"photos at a time (default: {BATCH})",
+        help=f"photos at a time (default: {BATCH} on a GPU; on the CPU one on each core, which is "
+        "faster than batches)",
     )
     output = parser.add_mutually_exclusive_group()
     for name in ("json", "csv"):

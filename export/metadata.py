@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from export.precision import PRECISIONS, Precision
 from trainer.schema import Preprocess, ThawError
 
 FORMAT: Final = 1
@@ -19,10 +20,12 @@ _FORMAT_KEY: Final = "thaw_format"
 _PARITY_KEY: Final = "parity"
 
 
-def file_name(name: str, which: Which) -> str:
-    """The trunk's model gets a name of its own, or it would replace the one the run is for."""
+def file_name(name: str, which: Which, precision: Precision = "fp32") -> str:
+    """The trunk's model and other precisions get names of their own, or they would replace the
+    model that the run is for: model-before-int8.onnx."""
     stem, _, suffix = name.rpartition(".")
-    return name if which == "after" else f"{stem}-{which}.{suffix}"
+    parts = [stem, *(word for word in (which, precision) if word not in ("after", "fp32"))]
+    return f"{'-'.join(parts)}.{suffix}"
 
 
 class ModelFileError(ThawError):
@@ -35,7 +38,7 @@ class ModelMetadata:
 
     `phase`, `epoch` (over the whole lineage), and `checkpoint_sha256` name the checkpoint;
     `checkpoint` is "before" or "after" the unfreezing. `parity` holds the figures of the comparison
-    with PyTorch; it is empty until that has been made.
+    with PyTorch; it is empty until that has been made. A file that names no `precision` is fp32.
     """
 
     classes: tuple[str, ...]
@@ -47,6 +50,7 @@ class ModelMetadata:
     checkpoint_sha256: str
     arch: str
     versions: Mapping[str, str]
+    precision: Precision = "fp32"
     parity: Mapping[str, Any] = field(default_factory=dict)
 
     def to_props(self) -> dict[str, str]:
@@ -62,6 +66,7 @@ class ModelMetadata:
             "checkpoint_sha256": self.checkpoint_sha256,
             "arch": self.arch,
             "versions": json.dumps(self.versions, sort_keys=True),
+            "precision": self.precision,
         }
 
     @classmethod
@@ -85,6 +90,7 @@ class ModelMetadata:
                 checkpoint_sha256=props["checkpoint_sha256"],
                 arch=props["arch"],
                 versions=dict(json.loads(props["versions"])),
+                precision=_precision(props.get("precision", "fp32")),
                 parity=dict(json.loads(props.get(_PARITY_KEY, "{}"))),
             )
         except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -100,3 +106,10 @@ def _classes(names: Any) -> tuple[str, ...]:
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise ValueError("classes")
     return tuple(names)
+
+
+def _precision(name: str) -> Precision:
+    for precision in PRECISIONS:
+        if name == precision:
+            return precision
+    raise ValueError(f"precision {name!r}")

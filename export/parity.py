@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -14,8 +13,18 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from export.metadata import INPUT, OUTPUTS
+from export.half import rounded_after_each_step
+from export.metadata import INPUT, OUTPUTS, ModelFileError
+from export.precision import (
+    LARGEST_LOSS,
+    SAME_CLASS,
+    Parity,
+    Precision,
+    tie_for,
+    tolerance_for,
+)
 from export.session import Session, open_session
+from trainer.evidence import load_logits
 from trainer.preprocess import Photo, PhotoError, load_photo
 from trainer.runlog import Run
 from trainer.schema import Preprocess, ThawError
@@ -24,9 +33,6 @@ PHOTOS: Final = 1000
 BATCH: Final = 32
 # Every one of these must give what the same photos gave within a batch of BATCH.
 OTHER_BATCHES: Final = (1, 2, 7)
-# For fp32. EfficientNet-B0 with trained weights reaches 3.3e-5 at logits of 17; float64 shows that
-# PyTorch and ONNX Runtime have equal parts in it, which is what rounding alone looks like.
-TOLERANCE: Final = 5e-5
 
 Floats = NDArray[np.float32]
 
@@ -36,162 +42,217 @@ class ParityError(ThawError):
 
 
 @dataclass(frozen=True)
-class Parity:
-    """What was measured over `photos` photos.
+class Batch:
+    """Photos uint8 [n, H, W, 3], n <= BATCH, and the labels that they should get, int64 [n]."""
 
-    Differences are the largest absolute ones, between PyTorch and ONNX Runtime and between batch
-    sizes. `top1_agreement` is a fraction, in which the `ties` count as agreeing.
-    """
-
-    photos: int
-    photos_missing: int
-    max_abs_logit_difference: float
-    max_abs_probability_difference: float
-    max_abs_batch_difference: float
-    max_abs_logit: float
-    tolerance: float
-    top1_agreement: float
-    ties: int
-    provider: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    photos: Photo
+    labels: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class ValidationPhotos:
-    """Photos to compare on; `missing` more are named by the run and no longer there."""
+    """Photos to compare on, with their labels; `names` are all that the run validated on, of which
+    `missing` are no longer there."""
 
     files: tuple[Path, ...]
+    labels: NDArray[np.int64] = field(repr=False)
+    names: tuple[str, ...] = field(repr=False)
     missing: int
 
-    def batches(self, preprocess: Preprocess) -> Iterator[Photo]:
-        """uint8 [n, H, W, 3], n <= BATCH, one in memory at a time; unreadable photos left out."""
+    def batches(self, preprocess: Preprocess) -> Iterator[Batch]:
+        """One in memory at a time; unreadable photos are left out."""
         bar = tqdm(self.files, "comparing with PyTorch", unit="photo", leave=False, disable=None)
-        arrays: list[Photo] = []
-        for file in bar:
+        photos: list[Photo] = []
+        labels: list[int] = []
+        for file, label in zip(bar, self.labels, strict=True):
             try:
-                arrays.append(load_photo(file, preprocess))
+                photos.append(load_photo(file, preprocess))
             except PhotoError:
                 continue  # the figures tell how many photos were compared
-            if len(arrays) == BATCH:
-                yield np.stack(arrays)
-                arrays = []
-        if arrays:
-            yield np.stack(arrays)
+            labels.append(label)
+            if len(photos) == BATCH:
+                yield Batch(np.stack(photos), np.array(labels))
+                photos, labels = [], []
+        if photos:
+            yield Batch(np.stack(photos), np.array(labels))
 
 
 def validation_photos(run: Run, data: Path | None = None) -> ValidationPhotos:
     """Up to PHOTOS of the run's validation photos, spread evenly over all of them.
 
     `data` is where the run's data folder is now, if it has moved. Raises ParityError when none of
-    the photos is there.
+    the photos is there, and EvidenceError when what names them is damaged.
     """
-    names = _validation_names(run)
+    names, labels = _validation(run)
     root = data or Path((run.info.get("dataset") or {}).get("root") or "")
     files = [root / PurePosixPath(name) for name in names]
-    there = [file for file in files if file.is_file()]
+    there = [row for row, file in enumerate(files) if file.is_file()]
     if not there:
         raise ParityError(
             f"The {len(files)} validation photos of run {run.run_id} are not in {root}, and without"
             " them the ONNX file cannot be compared with PyTorch. If the folder has moved, name "
             "its new place with --data DIR."
         )
-    chosen = np.unique(np.linspace(0, len(there) - 1, PHOTOS).round().astype(int))
-    return ValidationPhotos(tuple(there[i] for i in chosen), len(files) - len(there))
+    places = np.unique(np.linspace(0, len(there) - 1, PHOTOS).round().astype(int))
+    chosen = [there[place] for place in places]
+    return ValidationPhotos(
+        files=tuple(files[row] for row in chosen),
+        labels=labels[chosen],
+        names=names,
+        missing=len(files) - len(there),
+    )
 
 
-def _validation_names(run: Run) -> list[str]:
-    # Both files list the validation photos; which of them a run has depends on its phases.
+def _validation(run: Run) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Names and labels of the photos that the run was validated on."""
+    # Both files list them; which of them a run has depends on its phases.
     path = next((p for n in ("after", "before") if (p := run.predictions(n)).is_file()), None)
     if path is None:
         raise ParityError(
             f"Run {run.run_id} has no predictions/after.npz, which names its validation photos: "
             "it has not finished an epoch. Export it once it has."
         )
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names = [str(name) for name in arrays["files"]]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ParityError(f"{path} is damaged: {error}.") from error
-    if not names:
-        raise ParityError(f"{path} names no validation photos.")
-    return names
+    names, labels, _ = load_logits(path)
+    return names, labels
 
 
-def measure(network: nn.Module, content: bytes, batches: Iterator[Photo], missing: int) -> Parity:
-    """Run both on the same arrays; raises ParityError unless they agree.
+# --- the comparison ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Logits and probabilities, float32 [N, classes]."""
+
+    logits: Floats
+    probabilities: Floats
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.logits).all() and np.isfinite(self.probabilities).all())
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """What PyTorch gave, and what each way of running the file gave, the file as it is first."""
+
+    labels: NDArray[np.int64]
+    wanted: _Answers
+    given: tuple[_Answers, ...]
+    between_batches: float
+    provider: str
+
+
+def measure(
+    network: nn.Module,
+    content: bytes,
+    batches: Iterator[Batch],
+    missing: int,
+    precision: Precision = "fp32",
+    kept: tuple[str, ...] = (),
+) -> Parity:
+    """Run both on the same arrays; raises ParityError unless they agree as `precision` demands.
 
     `network` maps uint8 [N, H, W, 3] to logits and probabilities, both [N, classes]; `content` is
-    the ONNX file. Photos are taken from `batches`; `missing` is only recorded.
+    the ONNX file. Photos are taken from `batches`; `missing` and `kept` are only recorded. A CPU
+    computes in float32 with the weights of an fp16 file, so that file is also run with all values
+    rounded after each step, as a GPU has them, and the worse of the two figures counts.
     """
-    session = open_session(content, "cpu")
-    expected: list[list[Floats]] = []
-    actual: list[list[Floats]] = []
-    batch_difference = 0.0
-    for photos in batches:
-        expected.append(_with_torch(network, photos))
-        actual.append(_with_onnx(session, photos))
-        if len(actual) == 1:
-            batch_difference = _other_batches(session, photos, actual[0][0])
-    if not expected:
-        raise ParityError("None of the validation photos can be read, so nothing was compared.")
-    logits, probabilities = (np.concatenate(part) for part in zip(*expected, strict=True))
-    onnx_logits, onnx_probabilities = (np.concatenate(p) for p in zip(*actual, strict=True))
-    _refuse_non_finite(PyTorch=(logits, probabilities), ONNX=(onnx_logits, onnx_probabilities))
-    tolerance = tolerance_for(logits)
-    same, ties = _top1(logits, onnx_logits, tolerance)
-    figures = Parity(
-        photos=len(logits),
-        photos_missing=missing,
-        max_abs_logit_difference=_largest(logits - onnx_logits),
-        max_abs_probability_difference=_largest(probabilities - onnx_probabilities),
-        max_abs_batch_difference=batch_difference,
-        max_abs_logit=_largest(logits),
-        tolerance=tolerance,
-        top1_agreement=(same + ties) / len(logits),
-        ties=ties,
-        provider=session.provider,
+    both = _run(network, content, batches, precision)
+    wanted, own = both.wanted.logits, both.given[0].logits
+    size = _largest(wanted)
+    same, ties = min(
+        (_top1(wanted, g.logits, tie_for(size, precision)) for g in both.given), key=sum
     )
-    _refuse_different(figures)
+    figures = Parity(
+        photos=len(wanted),
+        photos_missing=missing,
+        max_abs_logit_difference=max(_largest(wanted - g.logits) for g in both.given),
+        max_abs_probability_difference=max(
+            _largest(both.wanted.probabilities - g.probabilities) for g in both.given
+        ),
+        max_abs_batch_difference=both.between_batches,
+        max_abs_logit=size,
+        tolerance=tolerance_for(size, precision),
+        top1_agreement=(same + ties) / len(wanted),
+        ties=ties,
+        accuracy=float((own.argmax(1) == both.labels).mean()),
+        accuracy_pytorch=float((wanted.argmax(1) == both.labels).mean()),
+        provider=both.provider,
+        precision=precision,
+        kept=kept,
+    )
+    if not figures.passed:
+        raise ParityError(_refusal(figures))
     return figures
 
 
-def tolerance_for(logits: Floats) -> float:
-    """The largest accepted difference of a logit.
+def _run(
+    network: nn.Module, content: bytes, batches: Iterator[Batch], precision: Precision
+) -> _Comparison:
+    sessions = [_open(content)]
+    if precision == "fp16":
+        sessions.append(_open(rounded_after_each_step(content)))
+    labels: list[NDArray[np.int64]] = []
+    wanted: list[_Answers] = []
+    given: list[list[_Answers]] = [[] for _ in sessions]
+    between_batches = 0.0
+    for batch in batches:
+        if not labels:
+            _try_extremes(network, sessions, batch.photos, precision)
+            between_batches = max(_other_batches(one, batch.photos) for one in sessions)
+        labels.append(batch.labels)
+        wanted.append(_with_torch(network, batch.photos))
+        for session, answers in zip(sessions, given, strict=True):
+            answers.append(_with_onnx(session, batch.photos))
+    if not labels:
+        raise ParityError("None of the validation photos can be read, so nothing was compared.")
+    return _Comparison(
+        np.concatenate(labels),
+        _finite(_joined(wanted), "PyTorch", precision),
+        tuple(_finite(_joined(answers), "ONNX", precision) for answers in given),
+        between_batches,
+        sessions[0].provider,
+    )
 
-    TOLERANCE for logits between 1 and 10 in size, where trained networks have theirs. Rounding
-    grows with the size, so larger logits get more; networks with smaller ones (a fresh head) get
-    less, or the comparison would accept anything.
-    """
-    size = _largest(logits)
-    return TOLERANCE * max(0.01, min(size, 1.0), size / 10)
+
+def _open(content: bytes) -> Session:
+    try:
+        return open_session(content, "cpu")
+    except ModelFileError as error:
+        raise ParityError(f"The ONNX file does not run, so it was not written: {error}") from error
 
 
-def _top1(logits: Floats, onnx_logits: Floats, tolerance: float) -> tuple[int, int]:
+def _top1(logits: Floats, onnx_logits: Floats, tie: float) -> tuple[int, int]:
     """How many photos get the same class, and how many another one that PyTorch holds for as good:
-    its logit is within the tolerance of PyTorch's highest."""
+    its logit is no further than `tie` from PyTorch's highest."""
     rows = np.arange(len(logits))
     theirs = onnx_logits.argmax(1)
     same = logits.argmax(1) == theirs
-    tied = ~same & (logits.max(1) - logits[rows, theirs] <= tolerance)
+    tied = ~same & (logits.max(1) - logits[rows, theirs] <= tie)
     return int(same.sum()), int(tied.sum())
 
 
-def _with_torch(network: nn.Module, photos: Photo) -> list[Floats]:
+def _with_torch(network: nn.Module, photos: Photo) -> _Answers:
     with torch.inference_mode():
-        return [output.numpy() for output in network(torch.from_numpy(photos))]
+        return _Answers(*(output.numpy() for output in network(torch.from_numpy(photos))))
 
 
-def _with_onnx(session: Session, photos: Photo) -> list[Floats]:
-    outputs: list[Floats] = session.runtime.run(list(OUTPUTS), {INPUT: photos})
-    return outputs
+def _with_onnx(session: Session, photos: Photo) -> _Answers:
+    return _Answers(*session.runtime.run(list(OUTPUTS), {INPUT: photos}))
 
 
-def _other_batches(session: Session, photos: Photo, logits: Floats) -> float:
+def _joined(answers: Sequence[_Answers]) -> _Answers:
+    return _Answers(
+        np.concatenate([one.logits for one in answers]),
+        np.concatenate([one.probabilities for one in answers]),
+    )
+
+
+def _other_batches(session: Session, photos: Photo) -> float:
     """The largest difference that the size of the batch makes to a logit."""
+    together = _with_onnx(session, photos).logits
     return max(
-        _largest(_with_onnx(session, photos[:size])[0] - logits[:size])
+        _largest(_with_onnx(session, photos[:size]).logits - together[:size])
         for size in OTHER_BATCHES
         if size <= len(photos)
     )
@@ -201,30 +262,51 @@ def _largest(values: Floats) -> float:
     return float(np.abs(values).max())
 
 
-def _refuse_non_finite(**outputs: Sequence[Floats]) -> None:
-    for runtime, arrays in outputs.items():
-        if not all(np.isfinite(array).all() for array in arrays):
-            raise ParityError(
-                f"{runtime} gives outputs that are not finite numbers; the model is not exported. "
-                "Train again with a smaller learning rate, or export another checkpoint."
-            )
+# --- refusals ---------------------------------------------------------------------------------
 
 
-def _refuse_different(figures: Parity) -> None:
-    # Written so that a NaN, which compares false, is refused too.
-    alike = (
-        figures.max_abs_logit_difference <= figures.tolerance
-        and figures.max_abs_batch_difference <= figures.tolerance
-        # Softmax never widens a difference, so the same bound holds.
-        and figures.max_abs_probability_difference <= figures.tolerance
-        and figures.top1_agreement == 1.0
-    )
-    if not alike:
+def _try_extremes(
+    network: nn.Module, sessions: Sequence[Session], photos: Photo, precision: Precision
+) -> None:
+    """A black photo, a saturated one and noise reach values that no photograph does."""
+    noise = np.random.default_rng(0).integers(0, 256, photos.shape[1:], np.uint8)
+    extremes = np.stack([np.zeros_like(noise), np.full_like(noise, 255), noise])
+    _finite(_with_torch(network, extremes), "PyTorch", precision)
+    for session in sessions:
+        _finite(_with_onnx(session, extremes), "ONNX", precision)
+
+
+def _finite(answers: _Answers, runtime: str, precision: Precision) -> _Answers:
+    if answers.finite:
+        return answers
+    if runtime == "ONNX" and precision == "fp16":
         raise ParityError(
-            f"The ONNX file does not give what PyTorch gives, so it was not written. Over "
-            f"{figures.photos} validation photos: logits differ by up to "
-            f"{figures.max_abs_logit_difference:.1e}, between batch sizes by "
-            f"{figures.max_abs_batch_difference:.1e}, probabilities by "
-            f"{figures.max_abs_probability_difference:.1e} (allowed: {figures.tolerance:.1e}); "
-            f"the same class for {figures.top1_agreement:.2%}."
+            "In fp16 the model gives outputs that are not finite numbers: values inside the "
+            "network exceed 65504, the largest that half precision can hold. It was not written; "
+            "use --precision fp32."
         )
+    raise ParityError(
+        f"{runtime} gives outputs that are not finite numbers; the model is not exported. "
+        "Train again with a smaller learning rate, or export another checkpoint."
+    )
+
+
+def _refusal(figures: Parity) -> str:
+    if figures.precision == "int8" and figures.max_abs_batch_difference <= figures.tolerance:
+        kept = ", ".join(figures.kept) or "nothing"
+        return (
+            f"In int8 the model has {figures.accuracy:.2%} of {figures.photos} validation photos "
+            f"right, PyTorch {figures.accuracy_pytorch:.2%}: it loses {100 * figures.loss:.2f} "
+            f"points, and {100 * LARGEST_LOSS:.0f} is the most allowed, so it was not written. In "
+            f"float32 already: {kept}. Use --precision fp16 or fp32."
+        )
+    share = SAME_CLASS.get(figures.precision)
+    needed = f" (needed: {share:.1%})" if share is not None else ""
+    return (
+        f"The ONNX file does not give what PyTorch gives, so it was not written. Over "
+        f"{figures.photos} validation photos: logits differ by up to "
+        f"{figures.max_abs_logit_difference:.1e}, between batch sizes by "
+        f"{figures.max_abs_batch_difference:.1e}, probabilities by "
+        f"{figures.max_abs_probability_difference:.1e} (allowed: {figures.tolerance:.1e}); "
+        f"the same class for {figures.top1_agreement:.2%}{needed}."
+    )

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,9 @@ from PIL import Image
 
 from export import parity, to_onnx
 from export.__main__ import main
-from export.metadata import ModelMetadata
+from export.metadata import ModelMetadata, Which, file_name
+from export.parity import Batch
+from export.precision import Precision, tolerance_for
 from export.to_onnx import OPSET, PhotoClassifier, convert, export_run, serialize
 from trainer.checkpoint import Checkpoint, load_model, save_checkpoint
 from trainer.cli import guarded
@@ -122,6 +124,11 @@ def photos_of(run: Run) -> np.ndarray:
     return np.stack([load_photo(file, PREPROCESS) for file in sorted(root.rglob("*.jpg"))])
 
 
+def batches_of(run: Run) -> Iterator[Batch]:
+    photos = photos_of(run)
+    yield Batch(photos, np.zeros(len(photos), np.int64))
+
+
 # --- what is shipped --------------------------------------------------------------------------
 
 
@@ -147,8 +154,28 @@ def test_metadata_tell_all_that_is_needed(exported: Run) -> None:
     assert (about.phase, about.epoch, about.arch) == ("transfer", 3, "squeezenet1_1")
     assert about.checkpoint_sha256 == hashes.split()[0]
     assert about.versions.keys() == {"torch", "torchvision", "onnx", "onnxscript", "thaw"}
+    assert about.precision == "fp32"
     assert about.parity["photos"] == 12
     assert about.parity["top1_agreement"] == 1.0
+
+
+def test_a_file_from_before_there_were_precisions_is_fp32(exported: Run) -> None:
+    older = props(exported.path / "model.onnx")
+    del older["precision"]
+    assert ModelMetadata.from_props(older).precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("which", "precision", "name"),
+    [
+        ("after", "fp32", "model.onnx"),
+        ("before", "fp32", "model-before.onnx"),
+        ("after", "fp16", "model-fp16.onnx"),
+        ("before", "int8", "model-before-int8.onnx"),
+    ],
+)
+def test_every_model_has_a_name_of_its_own(which: Which, precision: Precision, name: str) -> None:
+    assert file_name("model.onnx", which, precision) == name
 
 
 def test_parity_json_belongs_to_the_file(exported: Run) -> None:
@@ -171,6 +198,11 @@ def test_one_clean_file_with_a_dynamic_batch(exported: Run) -> None:
     assert [(o.domain, o.version) for o in model.opset_import] == [("", OPSET)]
     assert not any(onnx.external_data_helper.uses_external_data(t) for t in model.graph.initializer)
     assert not list(exported.path.glob(".*")), "a temporary file was left"
+
+
+def test_nothing_is_computed_on_shapes(graph: onnx.ModelProto) -> None:
+    """Such nodes run on the CPU, and a graph that has one cannot be captured on a GPU."""
+    assert not {"Shape", "Range", "Gather"} & {node.op_type for node in graph.graph.node}
 
 
 def test_no_trace_of_this_machine(exported: Run) -> None:
@@ -197,6 +229,8 @@ def test_prints_a_summary_and_nothing_else(run: Run, capfd: pytest.CaptureFixtur
         "written",
         "classes",
         "as PyTorch",
+        "accuracy",
+        "card",
         "next",
     ]
     assert f"python -m export.infer {run.path / 'model.onnx'}" in out
@@ -241,6 +275,31 @@ def test_errors_without_a_traceback(
 
     assert guarded(command) == status
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_another_opset(run: Run) -> None:
+    assert main([str(run.path), "--opset", "20"]) == 0
+    model = onnx.load(run.path / "model.onnx")
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
+
+
+@pytest.mark.parametrize("opset", ["0", "17", "99", str(onnx.defs.onnx_opset_version())])
+def test_an_opset_that_cannot_be_had(
+    run: Run, opset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """onnx itself knows one opset more than ONNX Runtime reads."""
+    assert main([str(run.path), "--opset", opset]) == 2
+    err = capsys.readouterr().err
+    assert f"--opset {opset}" in err
+    assert "Use --opset 18" in err
+    assert not (run.path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("flags", [["--precision", "fp64"], ["--opset", "new"]])
+def test_mistyped_flags(run: Run, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(run.path), *flags])
+    assert flags[0] in capsys.readouterr().err
 
 
 # --- refusals ---------------------------------------------------------------------------------
@@ -309,7 +368,7 @@ def damage_predictions(run: Run) -> None:
     [
         (flip_byte, "SHA-256 does not match"),
         (delete_predictions, "has no predictions/after.npz"),
-        (damage_predictions, "after.npz is damaged"),
+        (damage_predictions, "after.npz cannot be read"),
     ],
 )
 @pytest.mark.usefixtures("converted")
@@ -370,21 +429,32 @@ def test_deleted_and_unreadable_photos_are_counted(run: Run, tmp_path: Path) -> 
     (data / "rose" / "0.jpg").write_bytes(b"")
     photos = parity.validation_photos(run, data)
     assert photos.missing == 1
-    assert sum(map(len, photos.batches(PREPROCESS))) == 10
+    assert sum(len(batch.photos) for batch in photos.batches(PREPROCESS)) == 10
+
+
+def test_labels_stay_with_their_photos(run: Run, tmp_path: Path) -> None:
+    """Also where photos in between are gone or unreadable."""
+    data = shutil.copytree(run.info["dataset"]["root"], tmp_path / "data")
+    names = [f"{name}/{number}.jpg" for name in CLASSES for number in range(4)]
+    labels = np.repeat(range(3), 4)
+    np.savez(run.predictions("after"), files=names, labels=labels, logits=np.ones((12, 3)))
+    (data / "daisy" / "0.jpg").unlink()
+    (data / "rose" / "0.jpg").write_bytes(b"")
+    (batch,) = parity.validation_photos(run, data).batches(PREPROCESS)
+    assert batch.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 4
 
 
 @pytest.mark.parametrize(
     ("size", "tolerance"), [(0.0, 5e-7), (0.5, 2.5e-5), (1, 5e-5), (10, 5e-5), (20, 1e-4)]
 )
 def test_tolerance_follows_the_size_of_the_logits(size: float, tolerance: float) -> None:
-    logits = np.array([[0, -size]], np.float32)
-    assert parity.tolerance_for(logits) == pytest.approx(tolerance)
+    assert tolerance_for(size) == pytest.approx(tolerance)
 
 
 def test_a_tie_counts_as_agreeing_and_only_a_tie() -> None:
     torch_logits = np.array([[1.0, 1.00001], [1.0, 2.0], [3.0, 0.0]], np.float32)
     onnx_logits = np.array([[1.00002, 1.0], [2.0, 1.0], [3.0, 0.0]], np.float32)
-    assert parity._top1(torch_logits, onnx_logits, tolerance=5e-5) == (1, 1)
+    assert parity._top1(torch_logits, onnx_logits, tie=5e-5) == (1, 1)
 
 
 def test_a_batch_dependent_graph_is_refused(exported: Run, graph: onnx.ModelProto) -> None:
@@ -405,4 +475,4 @@ def test_a_batch_dependent_graph_is_refused(exported: Run, graph: onnx.ModelProt
     network, checkpoint = load_model(checkpoint_path(exported, "after"))
     classifier = PhotoClassifier(network, checkpoint.preprocess).eval()
     with pytest.raises(parity.ParityError, match=r"between batch sizes by [1-9]"):
-        parity.measure(classifier, serialize(model, {}), iter([photos_of(exported)]), 0)
+        parity.measure(classifier, serialize(model, {}), batches_of(exported), 0)

@@ -6,9 +6,16 @@ import csv
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
+import time
+import venv
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +23,16 @@ import onnx
 import pytest
 from PIL import Image
 
+from export import classifier as classifiers
 from export import session as sessions
-from export.infer import Classifier, find_photos, main
+from export.classifier import InferenceError
+from export.infer import Classifier, Result, find_photos, main
+from export.session import Session
 from export.to_onnx import export_run
 from tests.test_export import CLASSES, PREPROCESS, make_run
 from trainer.cli import inert, inert_cell
 from trainer.preprocess import load_photo
+from trainer.process import usable_cores
 from trainer.schema import ThawError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -62,7 +73,8 @@ def refused(argv: list[str], capsys: Capture) -> str:
 def test_table(model: Path, data: Path, capsys: Capture) -> None:
     assert main([str(model), str(data), "--top", "2", "--batch", "5"]) == 0
     out, err = capsys.readouterr()
-    head, *rows = out.splitlines()
+    first, head, *rows = out.splitlines()
+    assert first.endswith(" on CPUExecutionProvider")
     assert head.split() == ["file", "label", "probability", "2."]
     assert [row.split()[0] for row in rows] == [str(f) for f in sorted(data.rglob("*.jpg"))]
     assert all(row.split()[1] in CLASSES and row.split()[2].endswith("%") for row in rows)
@@ -91,6 +103,7 @@ def test_csv_and_the_library_say_the_same(model: Path, data: Path, capsys: Captu
         assert row["label_2"] == result.top[1].label
         assert float(row["probability"]) == pytest.approx(result.top[0].probability, abs=1e-6)
         assert row["error"] == ""
+        assert row["provider"] == "CPUExecutionProvider"
 
 
 @pytest.mark.parametrize("flag", ["--csv", "--json", "--top=1"])
@@ -218,24 +231,75 @@ def test_a_gpu_that_is_not_there(
     assert "--device cpu" in err
 
 
-@pytest.mark.skipif(sessions._gpu_answers(), reason="needs a machine whose GPU libraries fail")
-@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
-def test_gpu_libraries_that_do_not_load(
-    model: Path, data: Path, device: str, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+# --- paths on standard input ------------------------------------------------------------------
+
+
+def from_stdin(text: bytes, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    return main(argv)
+
+
+def test_paths_from_stdin_beside_others(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """A driver answers, but CUDA cannot start: real ONNX Runtime, on a machine without a GPU."""
-    wanted = sessions._PROVIDERS[device][0]
-    if wanted not in sessions.ort.get_available_providers():
-        pytest.skip(f"this onnxruntime has no {wanted}")
-    monkeypatch.setattr(sessions, "_gpu_answers", lambda: True)
-    monkeypatch.setattr(sessions, "_preload", lambda _: None)
-    err = refused([str(model), str(data), "--device", device], capfd)
-    assert f"{wanted} did not start" in err
-    assert len(err.splitlines()) == 1, "ONNX Runtime's own complaints must stay off the screen"
-    assert main([str(model), str(data), "--device", "auto"]) == 0
-    err = capfd.readouterr().err
-    assert err.startswith("note: ")
-    assert err.endswith("CPUExecutionProvider\n")
+    lines = f"{data / 'rose' / '1.jpg'}\r\n\n{data / 'tulip'}\n{data / 'rose' / '0.jpg'}"
+    argv = [str(model), str(data / "daisy" / "2.jpg"), "-", str(data / "daisy"), "--csv"]
+    assert from_stdin(lines.encode(), argv, monkeypatch) == 0
+    files = [row["file"] for row in csv.DictReader(io.StringIO(capsys.readouterr().out))]
+    names = ["daisy/2", "rose/1", *(f"tulip/{n}" for n in range(4)), "rose/0"]
+    names += [f"daisy/{n}" for n in range(4)]
+    assert files == [str(data / f"{name}.jpg") for name in names]
+
+
+@pytest.mark.parametrize("name", ["no.jpg", "x" * 5000, "a\0b.jpg"])
+def test_a_missing_path_on_stdin_is_one_photo_that_failed(
+    name: str, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    lines = f"{data / 'rose' / '0.jpg'}\n{name}\n{data / 'rose' / '1.jpg'}\n"
+    assert from_stdin(lines.encode(), [str(model), "-", "--json"], monkeypatch) == 1
+    out, err = capsys.readouterr()
+    results = json.loads(out)["results"]
+    assert ["error" in result for result in results] == [False, True, False]
+    assert results[1]["file"] == name
+    assert "3 photos, 1 failed" in err
+
+
+def test_no_paths_on_stdin(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    for text in (b"", b"\n\r\n"):
+        assert from_stdin(text, [str(model), "-"], monkeypatch) == 2
+        out, err = capsys.readouterr()
+        assert (out, err) == ("", "error: No photos in -.\n")
+
+
+def test_a_folder_that_cannot_be_read(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def walk(folder: Path, onerror: Callable[[OSError], None]) -> None:
+        onerror(PermissionError(13, "Permission denied", str(folder)))
+
+    monkeypatch.setattr(os, "walk", walk)
+    assert "Cannot read the folder" in refused([str(model), str(data)], capsys)
+    lines = f"{data}\n{data / 'rose' / '0.jpg'}\n".encode()
+    assert from_stdin(lines, [str(model), "-"], monkeypatch) == 1
+    assert "failed: " + str(data) in capsys.readouterr().err
+
+
+def test_whoever_writes_slowly_is_answered_at_once(model: Path, data: Path) -> None:
+    """The next path is written only after the answer to the one before."""
+    command = [sys.executable, "-m", "export.infer", str(model), "-", "--csv", "--top=1"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for number in range(3):
+            path = os.fsencode(data / "rose" / f"{number}.jpg")
+            process.stdin.write(path + b"\n")
+            process.stdin.flush()
+            if number == 0:
+                assert process.stdout.readline().startswith(b"file,label,")
+            assert process.stdout.readline().startswith(path + b",")
+        process.stdin.close()
+        assert process.wait(60) == 0
 
 
 # --- the library ------------------------------------------------------------------------------
@@ -255,11 +319,85 @@ def test_every_kind_of_source_gives_the_same_as_preprocess(model: Path, tmp_path
         sources = [path, io.BytesIO(path.read_bytes()), image]
         results = classifier.classify(sources, top=3)
     photos = load_photo(path, PREPROCESS)[None]
-    (expected,) = classifier._session.runtime.run(["probabilities"], {"photos": photos})
+    (expected,) = classifier._session.probabilities(photos)
     for result in results:
-        actual = [p.probability for p in sorted(result.top, key=lambda p: p.index)]
-        np.testing.assert_allclose(actual, expected[0], atol=1e-6)
+        np.testing.assert_allclose(probabilities(result), expected, atol=1e-6)
     assert [result.photo for result in results] == [str(path), "photo 2", "photo 3"]
+
+
+def probabilities(result: Result) -> list[float]:
+    return [one.probability for one in sorted(result.top, key=lambda one: one.index)]
+
+
+def test_the_way_photos_take_makes_no_difference(model: Path, data: Path) -> None:
+    """Alone, on all cores; one on each core; in batches, also with a last one that is not full."""
+    classifier = Classifier.load(model, "cpu")
+    photos = find_photos([data])
+    ways = [
+        [classifier.classify([photo])[0] for photo in photos],
+        classifier.classify(photos),
+        classifier.classify(iter(photos)),
+        classifier.classify(photos, batch=5),
+        Classifier.load(model, "cpu", batch=12).classify(photos),
+    ]
+    expected = [probabilities(result) for result in ways[0]]
+    for results in ways:
+        assert [result.photo for result in results] == [str(photo) for photo in photos]
+        np.testing.assert_allclose([probabilities(r) for r in results], expected, atol=1e-6)
+
+
+def test_photos_are_decoded_and_run_by_several_threads_one_by_one(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifiers, "usable_cores", lambda: 3)
+    classifier = Classifier.load(model, "cpu")
+    seen: list[tuple[int, int]] = []
+    run = Session.probabilities
+
+    def spy(session: Session, photos: np.ndarray) -> np.ndarray:
+        seen.append((threading.get_ident(), len(photos)))
+        time.sleep(0.01)  # so that no thread can take all photos
+        return run(session, photos)
+
+    monkeypatch.setattr(Session, "probabilities", spy)
+    assert len(classifier.classify(find_photos([data]))) == 12
+    assert [size for _, size in seen] == [1] * 12
+    assert len({thread for thread, _ in seen} - {threading.get_ident()}) == 3
+    seen.clear()
+    classifier.classify(find_photos([data])[:2])
+    assert [size for _, size in seen] == [2], "fewer photos than cores run together"
+
+
+def test_only_a_few_photos_are_taken_ahead(model: Path, data: Path) -> None:
+    """However long the list: it may be endless, or too large for the memory."""
+    taken = 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal taken
+        for photo in cycle(find_photos([data])):
+            taken += 1
+            yield photo
+
+    stream = Classifier.load(model, "cpu").stream(endless())
+    assert [next(stream).error for _ in range(5)] == [None] * 5
+    assert taken <= 8 * usable_cores() + 5
+    stream = Classifier.load(model, "cpu", batch=4).stream(endless())
+    taken = 0
+    assert next(stream).error is None
+    assert taken <= 3 * 4
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+def test_a_model_that_fails_ends_it(
+    model: Path, data: Path, batch: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    classifier = Classifier.load(model, "cpu")
+    monkeypatch.setattr(Session, "probabilities", fail)
+    with pytest.raises(InferenceError, match=r"CPUExecutionProvider failed on \d photos"):
+        classifier.classify(find_photos([data]), batch=batch)
 
 
 def test_damaged_sources_get_an_error(model: Path, data: Path, tmp_path: Path) -> None:
@@ -272,14 +410,16 @@ def test_damaged_sources_get_an_error(model: Path, data: Path, tmp_path: Path) -
 def test_many_threads_may_share_one(model: Path, data: Path) -> None:
     classifier = Classifier.load(model)
     photos = find_photos([data])
+    sizes = [None, 2, 5, None]
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda size: classifier.classify(photos, batch=size), [1, 2, 5, 9]))
+        answers = list(pool.map(lambda size: classifier.classify(photos, batch=size), sizes))
     labels = [[result.top[0].label for result in answer] for answer in answers]
     assert labels == [labels[0]] * 4
 
 
-def test_a_stream_may_be_left(model: Path, data: Path) -> None:
-    stream = Classifier.load(model).stream(find_photos([data]), batch=1)
+@pytest.mark.parametrize("batch", [None, 1])
+def test_a_stream_may_be_left(model: Path, data: Path, batch: int | None) -> None:
+    stream = Classifier.load(model).stream(find_photos([data]), batch=batch)
     assert next(iter(stream)).error is None
 
 
@@ -314,6 +454,58 @@ def test_no_torch(model: Path, data: Path) -> None:
     )
     done = run("-c", code, str(model), str(data))
     assert done.returncode == 0, done.stderr
+
+
+def requirements(file: str) -> dict[str, str]:
+    """Name of each package, without extras -> versions."""
+    lines = (REPOSITORY / file).read_text().splitlines()
+    found = (re.match(r"([\w-]+)(?:\[.*\])?([<>=][^;#]*)", line) for line in lines)
+    return {match[1]: match[2].strip() for match in found if match}
+
+
+def test_requirements_are_those_of_the_whole_of_thaw() -> None:
+    everything = requirements("requirements.txt")
+    small = requirements("requirements-inference.txt")
+    assert small.keys() == {"numpy", "pillow", "tqdm", "onnxruntime"}
+    gpu = requirements("requirements-inference-gpu.txt")
+    assert gpu.keys() == small.keys() - {"onnxruntime"} | {"onnxruntime-gpu"}
+    assert small.items() | gpu.items() <= everything.items()
+
+
+def test_a_clean_environment_is_enough(model: Path, data: Path, tmp_path: Path) -> None:
+    """Made from requirements-inference.txt, with `export` and what it imports of `trainer`."""
+    venv.create(tmp_path / "venv")
+    python = venv.EnvBuilder().ensure_directories(tmp_path / "venv").env_exe
+    asked = ["-r", str(REPOSITORY / "requirements-inference.txt")]
+    pip = ["-m", "pip", "--python", python, "install", "--quiet", "--no-compile", *asked]
+    installed = run(*pip)
+    if "NewConnectionError" in installed.stderr:
+        pytest.skip("no package index can be reached")
+    assert installed.returncode == 0, installed.stderr
+    shutil.copytree(REPOSITORY / "export", tmp_path / "export")
+    (tmp_path / "trainer").mkdir()
+    for name in ("__init__", "cli", "config", "preprocess", "process", "schema"):
+        shutil.copy(REPOSITORY / "trainer" / f"{name}.py", tmp_path / "trainer")
+
+    def alone(*command: str) -> subprocess.CompletedProcess[str]:
+        given = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120}
+        return subprocess.run([python, "-I", "-c", _ALONE, *command], check=False, **given)
+
+    done = alone(str(model), str(data), "--json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
+    here = Classifier.load(model, "cpu").classify(find_photos([data]))
+    assert [result["label"] for result in results] == [result.top[0].label for result in here]
+
+
+# Isolated, Python looks for modules neither here nor where the tests' own environment has them.
+_ALONE = """
+import importlib.util, sys
+sys.path.insert(0, "")
+assert not importlib.util.find_spec("torch")
+from export.infer import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell's pipes")
