@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from export import calibration, quantize, to_onnx
+from export import calibration, parity, quantize, to_onnx
 from export.__main__ import main
 from export.calibration import CalibrationError, training_photos
 from export.half import in_half_precision, rounded_after_each_step
@@ -381,6 +381,16 @@ def test_values_beyond_half_precision_are_refused() -> None:
     with pytest.raises(ParityError, match="exceed 65504"):
         measure(network, content, iter([Batch(photos, np.zeros(4, np.int64))]), 0, "fp16")
     measure(network, serialize(model, {}), iter([Batch(photos, np.zeros(4, np.int64))]), 0)
+
+
+def test_a_crash_of_onnx_runtime_is_not_ours(
+    another: Run, converted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies as it loads a ViT in fp16."""
+    monkeypatch.setattr(parity, "_LOAD", "import os; os.abort()")
+    with pytest.raises(ParityError, match="crashes when it loads this network in fp16"):
+        export_run(another, precision="fp16")
+    assert nothing_written(another)
 
 
 def test_rounding_after_each_step_is_what_torch_gives_in_half_precision(
