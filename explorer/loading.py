@@ -16,3 +16,6 @@ def load() -> None:
     """
     with _LOCK:
         import_module("explorer.pages.compare")
+        # Streamlit has each chart checked as a whole; checking its parts too as they are made takes
+        # a third of the time of a chart.
+        import_module("altair.utils.schemapi").disable_debug_mode()

@@ -152,9 +152,11 @@ def test_a_live_run_changes_data_and_not_the_specification(tmp_path: Path) -> No
 def _without_data(spec: dict[str, Any], run_id: str) -> dict[str, Any]:
     del spec["datasets"]
     names: dict[str, str] = {}
+    for part in (spec, *spec["layer"]):
+        if "data" in part:
+            name = part["data"]["name"]
+            part["data"] = names.setdefault(name, str(len(names)))
     for layer in spec["layer"]:
-        name = layer["data"]["name"]
-        layer["data"] = names.setdefault(name, str(len(names)))
         layer.pop("name", None)
         for channel in ("color", "shape"):  # two runs in this test, so two names
             layer["encoding"].get(channel, {}).get("scale", {}).pop("domain", None)

@@ -388,6 +388,8 @@ from streamlit.testing.v1 import AppTest
 page, folder, few = sys.argv[1:]
 os.environ["THAW_RUNS_DIR"], sys.argv = folder, ["streamlit_app.py"]
 from explorer.data import Library
+from explorer.loading import load
+load()
 app = AppTest.from_string(f"from explorer.pages import {page}\\n{page}.page()", default_timeout=300)
 if page == "compare":
     app.query_params["runs"] = Library(Path(folder)).snapshot().newest_first[:int(few)]
