@@ -427,7 +427,10 @@ def follow(path: Path) -> Iterator[EpochRecord | None]:
 
 def _read_info(path: Path) -> dict[str, Any]:
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        info = json.loads(text)
+        if "\\ud" in text.lower():  # half a character, which no file, table or page can hold
+            json.dumps(info, ensure_ascii=False).encode()
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
