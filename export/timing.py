@@ -20,7 +20,7 @@ from trainer.preprocess import Photo
 from trainer.schema import ThawError
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32)
-SECONDS: Final = 2.0
+SECONDS: Final = 1.0
 ROUNDS: Final = 3
 # An engine whose first calls (compiling, searching for kernels) took this long gets no new size of
 # batch: torch.compile takes minutes for each on a slow CPU.
