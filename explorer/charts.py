@@ -13,7 +13,18 @@ from typing import Final
 import altair as alt
 import pandas as pd
 
-from explorer.curves import PHOTOS, RUN, SPLITS, Axis, Look, Metric, Split, boundaries, long_frame
+from explorer.curves import (
+    PHOTOS,
+    RUN,
+    SPLITS,
+    Axis,
+    Look,
+    Metric,
+    Split,
+    boundaries,
+    inner_boundaries,
+    long_frame,
+)
 from explorer.settings import BEFORE, in_order
 
 # Hues that differ in lightness too (after Okabe & Ito, and Tol), at 3:1 or more on either theme.
@@ -236,7 +247,17 @@ def _boundary(frame: pd.DataFrame, metric: Metric, axis: Axis) -> list[alt.Chart
         fontSize=12,
         clip=True,
     ).encode(alt.YValue(alt.expr("height") if low else 0), alt.Text("text:N"))
-    return [band, rule, text]
+    return [band, rule, text, *_inner_boundaries(frame, axis)]
+
+
+def _inner_boundaries(frame: pd.DataFrame, axis: Axis) -> list[alt.Chart]:
+    base = alt.Chart(inner_boundaries(frame, axis)).encode(alt.X("start:Q"))
+    rule = base.mark_rule(color=_BAND_COLOUR, strokeWidth=0.75, strokeDash=[4, 3], clip=True)
+    # Along the rule, since several can be close together.
+    text = base.mark_text(
+        color=NOTE_COLOUR, angle=270, align="right", baseline="top", dx=-5, dy=4, fontSize=10
+    ).encode(alt.YValue(0), alt.Text("text:N"))
+    return [rule, text]
 
 
 def _behind(

@@ -172,3 +172,16 @@ def boundaries(frame: pd.DataFrame, axis: Axis) -> pd.DataFrame:
     ends = rows.groupby("start", as_index=False)["end"].max()
     # A run that has only just been unfrozen still shows a region, one epoch wide.
     return ends.assign(end=ends["end"].clip(lower=ends["start"] + 1), text="unfrozen")
+
+
+def inner_boundaries(frame: pd.DataFrame, axis: Axis) -> pd.DataFrame:
+    """Where more layers were freed within a finetune phase: one row (start, text) for each place,
+    in the axis's own units."""
+    rows = frame[(frame["role"] == "run") & (frame["phase"] == "finetune")]
+    trained = rows.groupby("run_id")["trainable_params"]
+    # The line of an epoch says what trained in it: more was freed after the one before.
+    freed = rows[trained.diff() > 0]
+    places = freed[_AXIS_COLUMN[axis]].dropna() - 1
+    return pd.DataFrame({"start": sorted(places.unique())}, dtype="float64").assign(
+        text="more unfrozen"
+    )

@@ -21,16 +21,25 @@ from typing import Final, Literal
 
 import export
 from export.metadata import Which
+from export.precision import Precision
 from trainer.runlog import Run
 from trainer.schema import ThawError
 
-State = Literal["running", "done", "failed", "cancelled"]
+State = Literal["running", "done", "refused", "failed", "cancelled"]
 
 _LINES: Final = 100
 _LONGEST: Final = 4000
 _TERMINAL: Final = (24, 100)  # rows and columns; without a width tqdm draws no counts
 _ERROR: Final = "error: "
-_COMPARED: Final = re.compile(r"comparing with PyTorch: .*?(\d+)/(\d+) \[")
+# The bars of the export: what each is called in a terminal, and here.
+_STEPS: Final = {
+    "calibrating": "Calibrating on training photos: {:,} of {:,}",
+    "choosing layers": "Choosing what stays in float32: tried {:,} of at most {:,}",
+    "comparing with PyTorch": "Comparing with PyTorch: {:,} of {:,} photos",
+}
+_BAR: Final = re.compile(rf"({'|'.join(_STEPS)}): [^\r\n]*?(\d+)/(\d+) \[")
+# How export.parity says that a model was measured and is not as equal as its precision demands.
+_REFUSED: Final = "was not written"
 _MEMORY: Final = (
     "The system does this when its memory is used up. Close other programs, then export again."
 )
@@ -38,6 +47,7 @@ _UNFORESEEN: Final = "Thaw did not foresee this. The command, typed in a termina
 _REMEDIES: Final = {
     "--data DIR": "On this page the new place goes into the field for photos that have moved.",
     "No space left": "Make room on the disk of the runs folder, then export again.",
+    "--precision": "On this page the precision is chosen above.",
 }
 # Makes the terminal it is given the one that controls it, so that the process ends with it, and
 # becomes the command. In Python and not in Popen's preexec_fn, which may lock up where there are
@@ -54,10 +64,13 @@ class ExportingError(ThawError):
     """An export that cannot be started."""
 
 
-def command(run: Run, which: Which, data: Path | None, runs_dir: Path) -> list[str]:
+def command(
+    run: Run, which: Which, data: Path | None, runs_dir: Path, precision: Precision = "fp32"
+) -> list[str]:
     """What a user would type to export this checkpoint; `data` is where the photos are now."""
     words = ["python", "-m", "export", run.run_id]
     words += ["--checkpoint", which] if which == "before" else []
+    words += ["--precision", precision] if precision != "fp32" else []
     words += ["--data", str(data)] if data else []
     return words + (["--runs-dir", str(runs_dir)] if runs_dir != Path("runs") else [])
 
@@ -68,13 +81,22 @@ def runnable(typed: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A part of the work: what it does, in words, and the fraction that is done."""
+
+    text: str
+    done: float
+
+
+@dataclass(frozen=True)
 class Report:
-    """A job at one moment. `compared` counts photos, so far and in all; None before the comparison.
-    `message` says why a job failed, in words that may hold any name; `remedy` what to do."""
+    """A job at one moment. `step` is what it is at, None before the first that can be counted.
+    `message` says why a job failed or its model was refused, in words that may hold any name;
+    `remedy` what to do."""
 
     state: State
     seconds: float
-    compared: tuple[int, int] | None = None
+    step: Step | None = None
     message: str = ""
     remedy: str = ""
 
@@ -104,13 +126,15 @@ class Job:
 
     def report(self) -> Report:
         if self._seconds is None:
-            return Report("running", time.monotonic() - self._started, self._screen.compared)
+            return Report("running", time.monotonic() - self._started, self._screen.step)
         status = self._process.returncode
         if status == 0:
             return Report("done", self._seconds)
         if self._cancelled:
             return Report("cancelled", self._seconds)
-        return Report("failed", self._seconds, None, *_explained(status, self._screen.lines))
+        message, remedy = _explained(status, self._screen.lines)
+        refused = status == 2 and _REFUSED in message
+        return Report("refused" if refused else "failed", self._seconds, None, message, remedy)
 
     def _follow(self, terminal: int) -> None:
         try:
@@ -156,7 +180,7 @@ class _Screen:
     """The last lines of a terminal's output. A carriage return begins a line anew."""
 
     def __init__(self) -> None:
-        self.compared: tuple[int, int] | None = None
+        self.step: Step | None = None
         self._lines: deque[str] = deque(maxlen=_LINES)
         self._unfinished = ""
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
@@ -167,8 +191,9 @@ class _Screen:
 
     def feed(self, chunk: bytes) -> None:
         text = self._unfinished + self._decode(chunk)
-        for done, total in _COMPARED.findall(text):
-            self.compared = int(done), int(total)
+        for name, done, total in _BAR.findall(text)[-1:]:
+            words = _STEPS[name].format(int(done), int(total))
+            self.step = Step(words, int(done) / max(int(total), 1))
         *complete, unfinished = text.split("\n")
         self._lines.extend(filter(None, map(_overwritten, complete)))
         self._unfinished = unfinished[-_LONGEST:]

@@ -14,7 +14,7 @@ from explorer.annotations import Annotation
 from explorer.compare import summarise
 from explorer.data import Snapshot
 from explorer.evidence import Findings, findings
-from explorer.settings import settings
+from explorer.settings import OFF, SWITCHES, settings
 from trainer.evidence import Evidence, points
 from trainer.runlog import Run
 
@@ -32,6 +32,7 @@ SETTINGS: Final = (
     "Epochs",
     "Augmentation",
     "Optimizer",
+    *SWITCHES,
     "Batch",
     "Seed",
 )
@@ -116,6 +117,7 @@ def _values(run: Run, found: Findings | None) -> dict[str, Any]:
 def _settings(run: Run) -> dict[str, Any]:
     rate = run.info.get("config", {}).get("lr")
     known = settings(run)
+    known |= {name: "" for name in SWITCHES if known[name] == OFF}
     recipe = run.info.get("recipe")
     name = recipe.get("name") if isinstance(recipe, Mapping) else recipe
     phases = dict.fromkeys(phase["name"] for phase in run.info.get("phases") or [])

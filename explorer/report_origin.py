@@ -11,7 +11,7 @@ import pandas as pd
 from explorer.data import Snapshot
 from explorer.render import printable
 from explorer.report_html import Line, Section, Table
-from explorer.settings import SETTINGS, settings, varied
+from explorer.settings import OFF, SETTINGS, settings, varied
 from trainer.reproduce import ReproduceError, command
 from trainer.runlog import Run
 
@@ -43,7 +43,7 @@ def settings_of(snapshot: Snapshot, run_ids: Sequence[str]) -> Section:
     constants = [
         f"{name.lower()} {known[0][name]}"
         for name in SETTINGS
-        if name not in telling and known[0][name]
+        if name not in telling and known[0][name] not in ("", OFF)
     ]
     frame = pd.DataFrame(
         {

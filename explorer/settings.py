@@ -21,6 +21,10 @@ SETTINGS: Final = (
     "Seed",
     "Augmentation",
     "Optimizer",
+    "Label smoothing",
+    "Class weights",
+    "Layer decay",
+    "Gradual",
     "Batch",
     "Epochs",
     "Network",
@@ -36,6 +40,14 @@ SHAPE: Final[Mapping[str, tuple[tuple[ScheduleName, ...], float | None]]] = {
 _WORDS: Final = {"Learning rate": "lr", "Layers": "unfreeze", "Schedule": "name"}
 BEFORE: Final = "before unfreezing"  # what a trunk shows in place of a setting
 _HEAD: Final = "head"
+OFF: Final = "off"
+# What is off unless asked for, by its name in run.json and the value that is off.
+SWITCHES: Final = {
+    "Label smoothing": ("label_smoothing", 0),
+    "Class weights": ("class_weights", OFF),
+    "Layer decay": ("layer_decay", 1),
+    "Gradual": ("gradual", None),
+}
 # Named by the flag that sets them, with what counts as off.
 _AUGMENTATIONS: Final = {
     "brightness": 0,
@@ -59,11 +71,19 @@ def settings(run: Run) -> dict[str, str]:
         "Seed": _text(config.get("seed")),
         "Augmentation": augmentation(config.get("augmentation")),
         "Optimizer": _text(config.get("optimizer")) if trained else "",
+        **{name: _switch(run, *switch) for name, switch in SWITCHES.items()},
         "Batch": _text(config.get("batch_size")),
         "Epochs": _text(config.get("epochs")) if trained else "",
         "Network": _text(_in(run.info, "model", "arch")),
         "Data": _text(_in(run.info, "dataset", "name")),
     }
+
+
+def _switch(run: Run, name: str, off: Any) -> str:
+    value = run.info.get("config", {}).get(name, off)
+    if value == off:
+        return "" if "imported" in run.info else OFF
+    return _text(value)
 
 
 def varied(snapshot: Snapshot, selected: Sequence[str]) -> list[str]:

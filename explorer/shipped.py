@@ -7,74 +7,46 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-import pandas as pd
-
-from explorer.data import Snapshot
+from explorer.figures import Figures, figures_or_reason
+from export.card import card_path
 from export.metadata import ModelFileError, ModelMetadata, Which, file_name
+from export.precision import LARGEST_LOSS, SAME_CLASS, Parity, Precision
 from trainer.runlog import Run, RunError, checkpoint_path
 from trainer.schema import MODEL_ONNX, PARITY_JSON, ThawError
 
 Verdict = Literal["proven", "outdated", "unproven"]
+Card = Literal["there", "missing", "other"]
 
-_BOTH: Final[tuple[Which, Which]] = ("after", "before")
-_COLUMNS: Final = ("Run", "Checkpoint", "Same class", "Largest |Δlogit|", "Size", "Written")
-
-
-class FiguresError(ThawError):
-    """A parity.json that cannot be read."""
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What parity.json says: first what was measured (see export.parity), then of which files."""
-
-    photos: int
-    photos_missing: int
-    max_abs_logit_difference: float
-    max_abs_probability_difference: float
-    max_abs_batch_difference: float
-    max_abs_logit: float
-    tolerance: float
-    top1_agreement: float
-    ties: int
-    provider: str
-    checkpoint_sha256: str
-    onnx_sha256: str
-    versions: Mapping[str, str]
-
-    @property
-    def measured(self) -> dict[str, Any]:
-        about_files = ("checkpoint_sha256", "onnx_sha256", "versions")
-        return {name: value for name, value in asdict(self).items() if name not in about_files}
-
-    @property
-    def equal(self) -> bool:
-        """Whether every difference lies within what is allowed, by the rule of the export."""
-        differences = (
-            self.max_abs_logit_difference,
-            self.max_abs_probability_difference,
-            self.max_abs_batch_difference,
-        )
-        return max(differences) <= self.tolerance and self.top1_agreement == 1 and self.photos > 0
+PURPOSES: Final[Mapping[Precision, str]] = {
+    "fp32": "The network as it is.",
+    "fp16": "For GPUs: half the size.",
+    "int8": "For CPUs: smaller and faster. Refused where it costs more than "
+    f"{100 * LARGEST_LOSS:.0f} point of accuracy.",
+}
+# What the gate of the export asks of each, in the words of a badge.
+PROVEN: Final[Mapping[Precision, str]] = {
+    "fp32": "Proven equal",
+    "fp16": f"Proven: the same class for at least {SAME_CLASS['fp16']:.1%}",
+    "int8": f"Proven: costs at most {100 * LARGEST_LOSS:.0f} point of accuracy",
+}
 
 
 @dataclass(frozen=True)
 class Shipped:
     """A model as it lies in the run's folder: size in bytes, `written` in seconds since the epoch.
 
-    `doubts` say why it does not count as equal to what PyTorch computed; `checkpoint` whether the
-    checkpoint it was made from is still the same.
+    `doubts` say why it does not count as what was measured; `checkpoint` whether the checkpoint it
+    was made from is still the same; `card` whether the model card beside it is about this file.
     """
 
     path: Path
+    precision: Precision
     size: int
     written: float
     sha256: str
@@ -82,6 +54,7 @@ class Shipped:
     about: ModelMetadata | None
     doubts: tuple[str, ...]
     checkpoint: Literal["same", "changed", "gone"]
+    card: Card
 
     @property
     def verdict(self) -> Verdict:
@@ -90,14 +63,14 @@ class Shipped:
         return "outdated" if self.checkpoint == "changed" else "proven"
 
 
-def model_path(run: Run, which: Which) -> Path:
+def model_path(run: Run, which: Which, precision: Precision = "fp32") -> Path:
     """Where `python -m export` writes the model."""
-    return run.path / file_name(MODEL_ONNX, which)
+    return run.path / file_name(MODEL_ONNX, which, precision)
 
 
-def parity_path(run: Run, which: Which) -> Path:
+def parity_path(run: Run, which: Which, precision: Precision = "fp32") -> Path:
     """Where `python -m export` writes what it measured."""
-    return run.path / file_name(PARITY_JSON, which)
+    return run.path / file_name(PARITY_JSON, which, precision)
 
 
 def checkpoint_or_reason(run: Run, which: Which) -> Path | str:
@@ -108,31 +81,43 @@ def checkpoint_or_reason(run: Run, which: Which) -> Path | str:
         return str(error)
 
 
-def shipped(run: Run, which: Which) -> Shipped | None:
-    """What was exported of this checkpoint; None where nothing was.
+def shipped(run: Run, which: Which, precision: Precision = "fp32") -> Shipped | None:
+    """What was exported of this checkpoint in this precision; None where nothing was.
 
     Raises ModelFileError where the model or the checkpoint cannot be read.
     """
-    path = model_path(run, which)
+    path = model_path(run, which, precision)
     if not path.is_file():
         return None
     try:
         status = path.stat()
         sha256, about = _content(path, (status.st_mtime_ns, status.st_size))
-        figures = _figures_or_reason(parity_path(run, which))
-        doubts = _doubts(run, which, sha256, about, figures)
+        figures = figures_or_reason(parity_path(run, which, precision))
         known = figures if isinstance(figures, Figures) else None
-        checkpoint = _checkpoint(checkpoint_or_reason(run, which), known)
+        return Shipped(
+            path=path,
+            precision=precision,
+            size=status.st_size,
+            written=status.st_mtime,
+            sha256=sha256,
+            figures=known,
+            about=about if isinstance(about, ModelMetadata) else None,
+            doubts=_doubts((run.run_id, which, precision), path.name, sha256, about, figures),
+            checkpoint=_checkpoint(checkpoint_or_reason(run, which), known),
+            card=_card(path, sha256),
+        )
     except OSError as error:
         raise ModelFileError(f"{error.filename} cannot be read: {error.strerror}.") from error
-    inside = about if isinstance(about, ModelMetadata) else None
-    return Shipped(path, status.st_size, status.st_mtime, sha256, known, inside, doubts, checkpoint)
 
 
 def _doubts(
-    run: Run, which: Which, sha256: str, about: ModelMetadata | str, figures: Figures | str
+    wanted: tuple[str, Which, Precision],
+    model: str,
+    sha256: str,
+    about: ModelMetadata | str,
+    figures: Figures | str,
 ) -> tuple[str, ...]:
-    model, parity = file_name(MODEL_ONNX, which), file_name(PARITY_JSON, which)
+    parity = file_name(PARITY_JSON, *wanted[1:])
     if isinstance(about, str):
         return (f"{model} is damaged: {about}",)
     if isinstance(figures, str):
@@ -140,13 +125,24 @@ def _doubts(
     if figures.onnx_sha256 != sha256:
         return (f"{model} is not the file that was measured: {parity} has another SHA-256.",)
     found = []
-    if figures.measured != {name: about.parity.get(name) for name in figures.measured}:
+    if figures.parity.to_dict() != about.parity:
         found.append(f"{parity} does not hold the figures that {model} holds of itself.")
-    if not figures.equal:
+    if not figures.allowed:
         found.append(f"The figures in {parity} are not within what is allowed.")
-    if (about.run_id, about.checkpoint) != (run.run_id, which):
-        found.append(f"{model} was made from run {about.run_id}, {about.checkpoint} unfreezing.")
+    made = (about.run_id, about.checkpoint, about.precision)
+    if made != wanted:
+        found.append("{} was made from run {}, {} unfreezing, in {}.".format(model, *made))
+    elif figures.parity.precision != about.precision:
+        found.append(f"{parity} was measured in {figures.parity.precision}.")
     return tuple(found)
+
+
+def _card(model: Path, sha256: str) -> Card:
+    """A card names the SHA-256 of its model, so one of an earlier export can be told."""
+    path = card_path(model)
+    if not path.is_file():
+        return "missing"
+    return "there" if sha256 in path.read_text(encoding="utf-8", errors="replace") else "other"
 
 
 def _checkpoint(path: Path | str, figures: Figures | None) -> Literal["same", "changed", "gone"]:
@@ -181,77 +177,86 @@ def _content(path: Path, stamp: tuple[int, int]) -> tuple[str, ModelMetadata | s
         return sha256, str(error)
 
 
-def _figures_or_reason(path: Path) -> Figures | str:
-    if not path.exists():
-        return f"{path.name} is not there, so nothing says how equal the model is."
-    try:
-        return read_figures(path)
-    except FiguresError as error:
-        return str(error)
-
-
-def read_figures(path: Path) -> Figures:
-    """Read a parity.json. Raises FiguresError where a figure is not there or is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return Figures(**{name: _READERS[kind](content[name]) for name, kind in _KINDS.items()})
-    except OSError as error:
-        raise FiguresError(f"{path.name} cannot be read: {error.strerror}.") from error
-    except KeyError as error:
-        raise FiguresError(f"{path.name} is damaged: it has no {error.args[0]}.") from error
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise FiguresError(f"{path.name} is damaged or was changed by hand.") from error
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError
-    return value
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise ValueError
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _texts(value: Any) -> dict[str, str]:
-    return {_text(name): _text(text) for name, text in dict(value).items()}
-
-
-_KINDS: Final = {field.name: str(field.type) for field in fields(Figures)}
-_READERS: Final[Mapping[str, Callable[[Any], Any]]] = {
-    "int": _count,
-    "float": _number,
-    "str": _text,
-    "Mapping[str, str]": _texts,
-}
-
-
 # --- in words ---------------------------------------------------------------------------------
 
 
 def small(difference: float) -> str:
-    """A difference to two digits, such as 3.1e-06."""
-    return f"{difference:.1e}" if difference else "0"
+    """A difference to two digits, such as 3.1e-06 or 0.054."""
+    return f"{difference:.2g}"
+
+
+def share(fraction: float) -> str:
+    """As percent with two decimals, which only what is exactly 100% goes without."""
+    return "100%" if fraction == 1 else f"{min(fraction, 0.9999):.2%}"
 
 
 def meaning(model: Shipped, figures: Figures) -> str:
     """What was found, in plain words, of a model without doubts."""
-    tied = f" ({figures.ties:,} of them tied in PyTorch itself)" if figures.ties else ""
-    gone = f" {figures.photos_missing:,} more photos are gone." if figures.photos_missing else ""
-    return (
-        f"{model.path.name}, computed by {figures.provider}, gave the same class as PyTorch on all "
-        f"{figures.photos:,} validation photos compared{tied}. No logit was off by more than "
-        f"{small(figures.max_abs_logit_difference)}; rounding alone may reach "
-        f"{small(figures.tolerance)}.{gone}"
+    parity = figures.parity
+    found = _cost(parity) if parity.precision == "int8" else _sameness(parity)
+    gone = f" {parity.photos_missing:,} more photos are gone." if parity.photos_missing else ""
+    return f"{model.path.name}, computed by {parity.provider}, {found}{gone}"
+
+
+def _sameness(parity: Parity) -> str:
+    whole = parity.top1_agreement == 1
+    part = "all" if whole else f"{share(parity.top1_agreement)} of the"
+    tied = f" ({parity.ties:,} of them tied in PyTorch itself)" if parity.ties else ""
+    said = (
+        f"gave the same class as PyTorch on {part} {parity.photos:,} validation photos compared"
+        f"{tied}. No logit was off by more than {small(parity.max_abs_logit_difference)};"
     )
+    if parity.precision == "fp32":
+        return f"{said} rounding alone may reach {small(parity.tolerance)}."
+    return (
+        f"{said} {small(parity.tolerance)} is allowed. It was also run with all values rounded to "
+        "half precision after each step, as on a GPU, and the worse figures count. Black, "
+        "saturated and noise images gave finite numbers."
+    )
+
+
+def _cost(parity: Parity) -> str:
+    loss = f"It loses {100 * parity.loss:.2f} points" if parity.loss > 0 else "It loses nothing"
+    return (
+        f"has {share(parity.accuracy)} of the {parity.photos:,} validation photos compared right, "
+        f"PyTorch {share(parity.accuracy_pytorch)}. {loss}; {100 * LARGEST_LOSS:.0f} point is the "
+        "most allowed."
+    )
+
+
+def kept(figures: Figures) -> str:
+    """What an int8 model computes in float32; empty for other precisions."""
+    if figures.parity.precision != "int8":
+        return ""
+    if not figures.parity.kept:
+        return "No layer is kept in float32."
+    words = ", ".join(figures.parity.kept)
+    return f"Kept in float32, {len(figures.kept_layers)} layers: {words}."
+
+
+def key_figures(parity: Parity) -> dict[str, tuple[str, str]]:
+    """What decides whether the model may be written: its name, the value, and what is beside it."""
+    allowed = f"allowed {small(parity.tolerance)}"
+    photos = (f"{parity.photos:,}", f"{parity.photos_missing:,} missing")
+    same = share(parity.top1_agreement)
+    if parity.precision == "int8":
+        return {
+            "Accuracy in int8": (share(parity.accuracy), f"{_points(-parity.loss)} points"),
+            "Accuracy, PyTorch": (share(parity.accuracy_pytorch), "the network as it is"),
+            "Same class": (same, "top-1 agreement"),
+            "Photos compared": photos,
+        }
+    needed = SAME_CLASS[parity.precision]
+    return {
+        "Largest |Δlogit|": (small(parity.max_abs_logit_difference), allowed),
+        "Between batch sizes": (small(parity.max_abs_batch_difference), allowed),
+        "Same class": (same, "top-1 agreement" if needed == 1 else f"needed {needed:.1%}"),
+        "Photos compared": photos,
+    }
+
+
+def _points(change: float) -> str:
+    return f"{100 * change:+.2f}".replace("-", "−") if round(100 * change, 2) else "0.00"
 
 
 def measured_as(run: Run, about: ModelMetadata) -> str:
@@ -272,42 +277,3 @@ def snippet(model: Path) -> str:
         'for result in classifier.classify(Path("PHOTOS").glob("*.jpg")):\n'
         "    print(result.photo, result.error or result.top[0])"
     )
-
-
-def checkpoint_name(run: Run, which: Which) -> str:
-    if which == "before":
-        return "before unfreezing"
-    return "after unfreezing" if run.boundary is not None else f"after {run.phase}"
-
-
-def exported_table(snapshot: Snapshot) -> pd.DataFrame:
-    """One row for each model, newest first, with the figures of its parity.json where these can be
-    read: agreement in percent, size in MB, time in UTC."""
-    rows = [
-        (status.st_mtime, _row(snapshot, run, which, status))
-        for run in snapshot.runs.values()
-        for which in _BOTH
-        if (status := _status(model_path(run, which))) is not None
-    ]
-    rows.sort(key=lambda row: -row[0])
-    return pd.DataFrame([row for _, row in rows], columns=list(_COLUMNS))
-
-
-def _status(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except OSError:
-        return None
-
-
-def _row(snapshot: Snapshot, run: Run, which: Which, status: os.stat_result) -> dict[str, Any]:
-    figures = _figures_or_reason(parity_path(run, which))
-    known = figures if isinstance(figures, Figures) else None
-    return {
-        "Run": snapshot.labels[run.run_id],
-        "Checkpoint": checkpoint_name(run, which),
-        "Same class": 100 * known.top1_agreement if known else None,
-        "Largest |Δlogit|": known.max_abs_logit_difference if known else None,
-        "Size": status.st_size / 1e6,
-        "Written": pd.Timestamp(status.st_mtime, unit="s", tz="UTC"),
-    }

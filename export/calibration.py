@@ -30,7 +30,8 @@ LEVELS: Final = 256  # what 8 bits can tell apart
 _SAMPLES: Final = 512  # values of a tensor that are kept of each photo
 # How much of a tensor's range may be cut off on either side.
 _SHARES: Final = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05)
-_SPLIT: Final = ("split_file", "split_seed", "val_fraction", "limit")
+_FILES: Final = ("split_file", "exclude_file")
+_SPLIT: Final = (*_FILES, "split_seed", "val_fraction", "limit", "group_by")
 
 Floats = NDArray[np.float32]
 
@@ -55,8 +56,7 @@ def training_photos(
     root = data or Path((run.info.get("dataset") or {}).get("root") or "")
     config = run.info.get("config") or {}
     split = {name: config[name] for name in _SPLIT if config.get(name) is not None}
-    if "split_file" in split:
-        split["split_file"] = Path(split["split_file"])
+    split |= {name: Path(split[name]) for name in _FILES if name in split}
     listing = list_photos(Config("transfer", data=str(root), **split))
     known = set(validation)
     names = [i.file for i in listing.items if i.split == "train" and i.file not in known]

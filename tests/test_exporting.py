@@ -13,17 +13,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from explorer.data import Library
+from explorer.exported import exported_table
 from explorer.exporting import Job, Jobs, Report, command, runnable
 from explorer.pages import exporting as export_page
-from explorer.shipped import exported_table, model_path, shipped, snippet
+from explorer.shipped import key_figures, model_path, parity_path, shipped, small, snippet
+from export import to_onnx
+from export.card import card_path
+from export.parity import _refusal
+from export.precision import LARGEST_LOSS, PRECISIONS, Parity, Precision
+from export.to_onnx import export_run
 from tests.explorer_runs import write_finetune, write_trunk
 from tests.test_export import CLASSES, make_run
+from tests.test_quantize import copy_of, graph_of, make_fitted_run
 from trainer.runlog import Run, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +58,7 @@ def test_the_command_is_what_a_user_would_type(tmp_path: Path) -> None:
     assert command(run, "before", Path("/my photos"), tmp_path)[4:] == [
         *("--checkpoint", "before", "--data", "/my photos", "--runs-dir", str(tmp_path))
     ]
+    assert command(run, "after", None, Path("runs"), "int8")[4:] == ["--precision", "int8"]
 
 
 def test_the_comparison_can_be_watched() -> None:
@@ -58,11 +67,12 @@ def test_the_comparison_can_be_watched() -> None:
     job = Job(python(f"import time\nfrom tqdm import tqdm\nfor _ in {bar}: time.sleep(0.03)"))
     seen = set()
     while (report := job.report()).state == "running":
-        seen.add(report.compared)
+        seen.add(report.step)
         time.sleep(0.02)
-    counts = [each for each in seen if each]
-    assert len(counts) > 2
-    assert all(0 <= done <= total == 40 for done, total in counts)
+    steps = [each for each in seen if each]
+    assert len(steps) > 2
+    for step in steps:
+        assert step.text == f"Comparing with PyTorch: {round(40 * step.done)} of 40 photos"
     assert report.state == "done"
     assert report.seconds > 1
 
@@ -232,8 +242,8 @@ def test_a_click_exports_and_proves(clicked: tuple[Run, AppTest, list[str]]) -> 
     assert [each.value for each in app.metric][2:] == ["100%", "12"]
     assert button(app, "Export again")
     labels = [each.proto.label for each in app.get("download_button")]
-    assert labels[1] == "Figures, JSON"
     assert labels[0].startswith("Model, ")
+    assert labels[1:] == ["Model card, Markdown", "Figures, JSON"]
 
 
 def test_the_commands_on_the_page_work(run: Run) -> None:
@@ -282,7 +292,7 @@ HARMS: list[tuple[Callable[[Run], object], str]] = [
     (cut_model, "model.onnx is damaged: it is not an ONNX file, or only a part of one."),
     (foreign_model, "it was not written by Thaw"),
     (other_model, "not the file that was measured"),
-    (without_figure, "it has no tolerance"),
+    (without_figure, "of an older Thaw: it has no tolerance"),
     (lambda run: (run.path / "parity.json").unlink(), "parity.json is not there"),
     (lambda run: (run.path / "parity.json").write_text("{"), "damaged or was changed by hand"),
     (lambda run: (run.path / "parity.json").write_text("[]"), "damaged or was changed by hand"),
@@ -290,6 +300,9 @@ HARMS: list[tuple[Callable[[Run], object], str]] = [
     (lambda run: edit(run, tolerance=float("nan")), "damaged or was changed by hand"),
     (lambda run: edit(run, photos="12"), "damaged or was changed by hand"),
     (lambda run: edit(run, versions=["a"]), "damaged or was changed by hand"),
+    (lambda run: edit(run, kept="all"), "damaged or was changed by hand"),
+    (lambda run: edit(run, precision=["fp32"]), "damaged or was changed by hand"),
+    (lambda run: edit(run, accuracy=0.5), "does not hold the figures"),
     (lambda run: edit(run, max_abs_logit_difference=1e-9), "does not hold the figures"),
     (lambda run: edit(run, provider="<img src=x>"), "does not hold the figures"),
     (lambda run: edit(run, top1_agreement=0.5), "not within what is allowed"),
@@ -316,14 +329,16 @@ def test_the_model_of_another_run_is_told(run: Run) -> None:
     shutil.copytree(run.path, other)
     found = shipped(read_run(other), "after")
     assert found is not None
-    assert found.doubts == (f"model.onnx was made from run {run.run_id}, after unfreezing.",)
+    assert found.doubts == (
+        f"model.onnx was made from run {run.run_id}, after unfreezing, in fp32.",
+    )
 
 
 def test_a_checkpoint_that_changed_since_makes_it_out_of_date(run: Run) -> None:
     path = run.path / "checkpoints" / "transfer-best.pt"
     path.write_bytes(path.read_bytes() + b"\0")
     app = page(run.path.parent)
-    assert "Equal, but out of date" in texts(app)
+    assert "Proven, but out of date" in texts(app)
     assert "The checkpoint has changed since." in texts(app)
 
 
@@ -345,6 +360,157 @@ def test_the_table_holds_every_model(run: Run) -> None:
     assert before.isna()["Same class"]
     app = page(run.path.parent)
     assert app.expander[-1].label == "Exported so far: 2 models"
+
+
+# --- precisions -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fitted(make_photos: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run in all precisions; the seconds of torch.onnx are spent once."""
+    folder = tmp_path_factory.mktemp("fitted")
+    run = make_fitted_run(folder / "runs", make_photos(folder / "data", photos=20), "resnet18")
+    graph = graph_of(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "convert", lambda *_: copy_of(graph))
+        for precision in PRECISIONS:
+            export_run(run, precision=precision)
+    return run
+
+
+@pytest.fixture
+def precise(fitted: Run, tmp_path: Path) -> Run:
+    """The same exported run, in a folder of the test's own."""
+    path = tmp_path / "runs" / fitted.run_id
+    shutil.copytree(fitted.path, path)
+    return read_run(path)
+
+
+PROOFS: list[tuple[Precision, str, str]] = [
+    ("fp32", "Proven equal", "rounding alone may reach"),
+    ("fp16", "Proven: the same class for at least 99.9%", "Black, saturated and noise images"),
+    ("int8", "Proven: costs at most 1 point of accuracy", "1 point is the most allowed"),
+]
+
+
+@pytest.mark.parametrize(("precision", "badge", "says"), PROOFS)
+def test_each_precision_is_proven_by_its_own_rule(
+    fitted: Run, precision: Precision, badge: str, says: str
+) -> None:
+    app = page(fitted.path.parent, precision=precision)
+    shown = texts(app)
+    assert badge in shown
+    assert says in shown
+    assert app.radio(key="precision").value == precision
+    exporting = f"python -m export {fitted.run_id}"
+    exporting += "" if precision == "fp32" else f" --precision {precision}"
+    assert f"{exporting} --runs-dir" in shown
+    assert f"export.infer {model_path(fitted, 'after', precision)} PHOTOS" in shown
+    labels = [each.proto.label for each in app.get("download_button")]
+    assert "Model card, Markdown" in labels
+
+
+def test_int8_shows_both_accuracies_and_what_was_kept(fitted: Run) -> None:
+    parity = json.loads(parity_path(fitted, "after", "int8").read_text())
+    app = page(fitted.path.parent, precision="int8")
+    accuracies = [each.value for each in app.metric][:2]
+    for shown, key in zip(accuracies, ("accuracy", "accuracy_pytorch"), strict=True):
+        assert float(shown.removesuffix("%")) == pytest.approx(100 * parity[key], abs=0.005)
+    kept = f"Kept in float32, {len(parity['kept_layers'])} layers: {', '.join(parity['kept'])}."
+    assert kept in texts(app)
+    assert app.dataframe[1].value["Layer"].tolist() == parity["kept_layers"]
+
+
+def figures(**changes: Any) -> Parity:
+    measured: dict[str, Any] = {
+        "photos": 2000,
+        "photos_missing": 0,
+        "max_abs_logit": 16.0,
+        "tolerance": 0.8,
+    }
+    differences = ("logit_difference", "probability_difference", "batch_difference")
+    measured |= {f"max_abs_{each}": 0.02 for each in differences}
+    measured |= {"top1_agreement": 0.9995, "ties": 0, "accuracy": 0.915, "accuracy_pytorch": 0.92}
+    return Parity(**(measured | {"provider": "CPUExecutionProvider"} | changes))
+
+
+def test_figures_are_not_rounded_to_a_better_verdict() -> None:
+    shown = key_figures(figures(precision="fp16", top1_agreement=0.99996))
+    assert shown["Same class"] == ("99.99%", "needed 99.9%")
+    assert shown["Largest |Δlogit|"] == ("0.02", "allowed 0.8")
+    shown = key_figures(figures(precision="int8"))
+    assert shown["Accuracy in int8"] == ("91.50%", "−0.50 points")
+    shown = key_figures(figures(precision="int8", accuracy=0.93))
+    assert shown["Accuracy in int8"] == ("93.00%", "+1.00 points")
+    assert (small(3.14e-6), small(0.0543), small(2.109), small(0)) == (
+        *("3.1e-06", "0.054", "2.1", "0"),
+    )
+
+
+def test_a_model_under_the_name_of_another_precision_is_told(precise: Run) -> None:
+    shutil.copy(model_path(precise, "after"), model_path(precise, "after", "int8"))
+    shutil.copy(parity_path(precise, "after"), parity_path(precise, "after", "int8"))
+    app = page(precise.path.parent, precision="int8")
+    assert "Not proven" in texts(app)
+    assert f"made from run {precise.run_id}, after unfreezing, in fp32." in texts(app)
+
+
+def test_an_int8_that_costs_more_than_is_allowed_is_not_proven(precise: Run) -> None:
+    path = parity_path(precise, "after", "int8")
+    found = json.loads(path.read_text())
+    lower = found["accuracy_pytorch"] - LARGEST_LOSS - 0.001
+    path.write_text(json.dumps(found | {"accuracy": lower}))
+    app = page(precise.path.parent, precision="int8")
+    assert "The figures in parity-int8.json are not within what is allowed." in texts(app)
+    assert "Proven" not in texts(app).replace("Not proven", "")
+
+
+def test_a_card_that_is_missing_or_of_another_file_is_told(precise: Run) -> None:
+    card = card_path(model_path(precise, "after", "fp16"))
+    harms: list[tuple[Callable[[], object], str]] = [
+        (lambda: shutil.copy(precise.path / "model-card.md", card), "is about another file"),
+        (card.unlink, "There is no model card beside this model."),
+    ]
+    for harm, says in harms:
+        harm()
+        app = page(precise.path.parent, precision="fp16")
+        assert says in texts(app)
+        labels = [each.proto.label for each in app.get("download_button")]
+        assert "Model card, Markdown" not in labels
+        assert "Proven" in texts(app), "the card proves nothing"
+
+
+def test_the_table_holds_every_precision(fitted: Run) -> None:
+    table = exported_table(Library(fitted.path.parent).snapshot())
+    assert sorted(table["Precision"]) == sorted(PRECISIONS)
+    int8 = table[table["Precision"] == "int8"].iloc[0]
+    assert int8["Against PyTorch"] >= -100 * LARGEST_LOSS - 1e-6
+    assert int8["Size"] < table["Size"].max() / 3
+
+
+def test_a_refused_int8_shows_its_figures_calmly(precise: Run) -> None:
+    """In the export's own words, which are also how a refusal is told from a failure."""
+    said = _refusal(figures(precision="int8", accuracy=0.9, kept=("the head (1)",)))
+    assert "90.00%" in said
+    model = model_path(precise, "after", "int8")
+    model.unlink()
+    refused = f"import sys; print('error:', {said!r}, file=sys.stderr); sys.exit(2)"
+    ended(export_page._jobs().start(model, python(refused)))
+    app = page(precise.path.parent, precision="int8")
+    assert not app.error
+    assert "Refused" in texts(app)
+    assert app.info[0].value == "The model was refused and not written."
+    assert said in texts(app)
+    assert "the precision is chosen above" in texts(app)
+    assert button(app, "Export")
+    app = page(precise.path.parent)
+    assert not app.info, "the other precisions are as they were"
+
+
+def test_an_unknown_precision_in_the_link_is_fp32(fitted: Run) -> None:
+    app = page(fitted.path.parent, precision="fp64")
+    assert app.radio(key="precision").value == "fp32"
+    assert "Proven equal" in texts(app)
 
 
 def test_classes_are_listed_in_the_order_of_the_outputs(run: Run) -> None:

@@ -50,6 +50,7 @@ def test_folding_leaves_the_network_itself_alone(prefix: fx.GraphModule) -> None
     assert all(torch.equal(value, before[name]) for name, value in prefix.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_outcome_of_a_trial_is_remembered(
     prefix: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +78,7 @@ def test_little_work_is_not_worth_a_trial(prefix: fx.GraphModule, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_bfloat16_is_for_those_who_ask(
     prefix: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

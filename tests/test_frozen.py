@@ -448,6 +448,7 @@ def command(cache_dir: Path, tmp_path: Path, photos: Path, awake: str) -> Comman
     return start
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_on_one_cache(
     train_awake: Train, cache_dir: Path, command: Command, tmp_path: Path
 ) -> None:
@@ -462,6 +463,7 @@ def test_two_runs_at_once_on_one_cache(
     assert main(["cache", "verify", "--cache-dir", str(cache_dir)]) == 0
 
 
+@pytest.mark.slow
 def test_killed_while_filling_the_next_run_goes_on(
     train_awake: Train, cache_dir: Path, command: Command
 ) -> None:

@@ -344,6 +344,8 @@ CHANGES: dict[str, str | None] = {
     "augmentation": "--noise 1",
     "data": "--data elsewhere",
     "split_file": "--split-file split.csv",
+    "group_by": "--group-by track",
+    "exclude_file": "--exclude-file excluded.txt",
     "split_seed": "--split-seed 1",
     "val_fraction": "--val-fraction 0.5",
     "limit": "--limit 5",
@@ -352,6 +354,8 @@ CHANGES: dict[str, str | None] = {
     "weights": "--weights none",
     "head": "--head 8",
     "pool": "--pool max",
+    "size": "--size 64",
+    "outputs": "--outputs 1000",
     "epochs": "--epochs 11",
     "batch_size": "--batch-size 8",
     "lr": "--lr 1e-4",
@@ -361,6 +365,10 @@ CHANGES: dict[str, str | None] = {
     "early_stop": "--early-stop 2",
     "views": "--views 4",
     "precision": "--precision bf16",
+    "label_smoothing": "--label-smoothing 0.1",
+    "class_weights": "--class-weights balanced",
+    "layer_decay": "--layer-decay 0.75",
+    "gradual": "--gradual all@5",
 }
 NESTED = {
     "name": "--schedule cosine",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainer.model import ModelSpec, build_model, unfreeze, unfreeze_head
-from trainer.phase import Part
+from trainer.phase import Part, Stage
 from trainer.prefix import Trace, in_order, trace
 
 EXAMPLE = torch.rand(3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -55,7 +55,7 @@ def test_the_parts_give_what_the_whole_gives(arch: str) -> None:
 def test_a_copy_of_the_tail_trains_alone_and_shares_what_is_frozen() -> None:
     network = build_model(ModelSpec("efficientnet_b0", 5))
     unfreeze(network, "20")
-    part = Part.of(network, Trace(network, EXAMPLE))
+    part = Part.of(network, Trace(network, EXAMPLE), [Stage.of(network)])
     one, two = part.copy(), part.copy()
     for name, parameter in one.named_parameters():
         other = two.get_parameter(name)
@@ -64,7 +64,7 @@ def test_a_copy_of_the_tail_trains_alone_and_shares_what_is_frozen() -> None:
     assert all(two.get_buffer(name) is buffer for name, buffer in one.named_buffers())
     assert "classifier.0" in part.training
     assert "features.8.1" not in part.training  # BatchNorm
-    whole = Part.of(network, None).copy()
+    whole = Part.of(network, None, [Stage.of(network)]).copy()
     assert not {id(p) for p in network.parameters() if p.requires_grad} & {
         id(p) for p in whole.parameters()
     }

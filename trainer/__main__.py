@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import Final, NoReturn, get_args
+from typing import Any, Final, NoReturn, get_args
 
 from trainer.cache import parse_size
 from trainer.cli import guarded
@@ -30,7 +30,10 @@ examples:
   python -m trainer --phase transfer --data photos/       the head, on your own class folders
   python -m trainer --phase finetune --data photos/ --unfreeze 20 --lr 1e-5
   python -m trainer sweep --lr 1e-4 1e-6 --unfreeze 20 all   many finetunes from one parent
+  python -m trainer run oregon-transfer                   an experiment of the labs (recipes: all)
+  python -m trainer test RUN                              the best checkpoint on the test photos
   python -m trainer import logs/                          runs from the logs of other tools
+  python -m trainer data photos/                          sizes, broken photos, duplicates
   python -m trainer cache                                 what is kept to save time
   streamlit run streamlit_app.py                          compare the runs
 """
@@ -69,9 +72,23 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "--data",
         metavar="DIR",
         help="folder of class folders, or with train/ and "
-        "val/ above them; default: the parent's data, else 'sample', the embedded "
-        "road signs",
+        "val/ above them; or oregon, food101, signs; default: the parent's data, else 'sample', "
+        "the embedded road signs",
     )
+    add_split(group)
+    group.add_argument(
+        "--exclude-file",
+        type=Path,
+        metavar="F",
+        help="list of photos to leave out, one a line, as `python -m trainer data` writes it",
+    )
+    group.add_argument(
+        "--strict", action="store_true", default=None, help="stop at an unreadable photo"
+    )
+
+
+def add_split(group: argparse._ArgumentGroup) -> None:
+    """What decides which photos train and which validate."""
     group.add_argument("--split-file", type=Path, metavar="F", help="CSV with columns path,split")
     group.add_argument(
         "--val-fraction",
@@ -80,23 +97,44 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         help="held out for validation, where the data has no val folder (0.3)",
     )
     group.add_argument("--split-seed", type=int, metavar="N", help="another split (0)")
-    group.add_argument("--limit", type=int, metavar="N", help="use at most N photos of each class")
     group.add_argument(
-        "--strict", action="store_true", default=None, help="stop at an unreadable photo"
+        "--group-by",
+        metavar="track",
+        help="of photos named track_frame (00001_00012.png) all of one track train or all validate "
+        "(track for signs)",
     )
+    group.add_argument("--limit", type=int, metavar="N", help="use at most N photos of each class")
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--arch", metavar="NAME", help="torchvision model or timm:<name> (efficientnet_b0)"
+        "--arch",
+        metavar="NAME",
+        help="torchvision model, nasnet_mobile, cnn10 or timm:<name> (efficientnet_b0)",
     )
     group.add_argument(
-        "--weights", metavar="W", help="imagenet, none, or a file with a state dict (imagenet)"
+        "--weights",
+        metavar="W",
+        help="imagenet, none, or a file: a state dict, or Keras's own .h5 (imagenet)",
     )
     group.add_argument(
         "--head", type=_head, metavar="H", help="linear, or hidden sizes such as 512,256 (linear)"
     )
     group.add_argument("--pool", metavar="avg|max", help="last pooling (avg)")
+    group.add_argument(
+        "--size",
+        type=int,
+        metavar="PX",
+        help="the network sees PX x PX pixels, the photo's whole shorter side (what its pretrained "
+        "weights were trained with)",
+    )
+    group.add_argument(
+        "--outputs",
+        type=int,
+        metavar="N",
+        help="outputs of the head, more than there are classes: the last ones stay without a class "
+        "(one for each class)",
+    )
     group.add_argument(
         "--from",
         dest="parent",
@@ -135,6 +173,29 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         help="what finetune unfreezes: the top N "
         "layers as Keras counts them, all, or a module and all above it, such as "
         "features.7 (20)",
+    )
+    group.add_argument(
+        "--gradual",
+        metavar="LAYERS@EPOCH,...",
+        help="what finetune unfreezes later: 20@5,all@10 the top 20 after 5 epochs of the phase, "
+        "all after 10 (off)",
+    )
+    group.add_argument(
+        "--layer-decay",
+        type=float,
+        metavar="F",
+        help="finetune: each block further from the head learns at F times the rate (1)",
+    )
+    group.add_argument(
+        "--label-smoothing",
+        type=float,
+        metavar="F",
+        help="train towards labels of which this part is spread over all classes (0)",
+    )
+    group.add_argument(
+        "--class-weights",
+        metavar="off|balanced",
+        help="balanced: in training a photo counts by the inverse of its class's number (off)",
     )
 
 
@@ -239,6 +300,11 @@ _COMMANDS: Final = {
     "sweep": "trainer.sweep",
     "cache": "trainer.cache_command",
     "import": "trainer.imports.command",
+    "test": "trainer.evaluate",
+    "run": "trainer.run_command",
+    "recipes": "trainer.recipes_command",
+    "data": "trainer.survey_command",
+    "lr-find": "trainer.lr_find_command",
 }
 _SCHEDULE: Final = ("name", "decay", "drop", "epochs_drop", "warmup")
 _PHOTOS: Final = ("brightness", "contrast", "color", "rotation", "crop_from", "noise")
@@ -246,7 +312,13 @@ _PHOTOS: Final = ("brightness", "contrast", "color", "rotation", "crop_from", "n
 
 def parse(argv: list[str] | None = None) -> Config:
     """Flags -> Config. Raises ThawError for values that make no sense."""
-    given = {k: v for k, v in vars(build_parser().parse_args(argv)).items() if v is not None}
+    arguments = vars(build_parser().parse_args(argv))
+    return config_of({name: value for name, value in arguments.items() if value is not None})
+
+
+def config_of(settings: Mapping[str, Any]) -> Config:
+    """The Config of settings by the names of the flags. Raises ConfigError."""
+    given = dict(settings)
     schedule = Schedule(**{name: given.pop(name) for name in _SCHEDULE if name in given})
     augmentation = Augmentation(**{name: given.pop(name) for name in _PHOTOS if name in given})
     return Config(schedule=schedule, augmentation=augmentation, **given)

@@ -10,6 +10,8 @@ from typing import Any, Final, Literal, get_args
 from trainer.schema import PHASES, Phase, ThawError
 
 SAMPLE: Final = "sample"
+# What --data may name instead of a folder; `trainer.datasets` finds all but the first.
+NAMED_DATA: Final = (SAMPLE, "oregon", "food101", "signs")
 
 ScheduleName = Literal["constant", "exponential", "step", "cosine"]
 OptimizerName = Literal["adam", "adamw", "sgd"]
@@ -17,6 +19,12 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 ColorMode = Literal["random", "fixed"]
 Views = int | Literal["exact", "auto"]
 Precision = Literal["fp32", "bf16"]
+ClassWeights = Literal["off", "balanced"]
+Grouping = Literal["track"]
+
+# Frames of one track are nearly the same photo: with some of them in train and some in val, the
+# validation would ask for what was learnt by heart.
+_GROUPED: Final[dict[str, Grouping]] = {"signs": "track"}
 
 
 class ConfigError(ThawError):
@@ -97,10 +105,20 @@ class Config:
     """All settings of one training. None means: not given, take the default or the parent's.
 
     `parent` is the run to start from; a transfer phase with a parent trains its head further.
+    The network sees `size` x `size` pixels, by default as many as its weights were trained with,
+    and has `outputs` outputs, by default one for each class.
     `views` is "exact" where every epoch has its own view of each photo, or the number of views that
     are used in turn; "auto" is exact and says where fewer would be much faster.
     `precision` bf16 lets the frozen part run in bfloat16 where that is clearly faster; what comes
-    out of it is then a few percent off. `cache_limit` is in bytes.
+    out of it is then a few percent off. `cache_limit` is in bytes. `recipe` is the recipe and the
+    stage that asked for this training, such as "oregon-transfer/transfer".
+    `label_smoothing` and `class_weights` change what training minimises, never what is recorded;
+    see `trainer.loop.Objective`. `layer_decay` is the factor of the learning rate from one block to
+    the next further from the head, see `trainer.depth`; `gradual` says what is freed later in a
+    finetune phase, as `stages` has it.
+
+    `group_by` "track" keeps photos named track_frame together in the split; `exclude_file` lists
+    photos that are left out after the split, so that all others stay where they are.
 
     Raises ConfigError with the flag, its value and the remedy.
     """
@@ -108,6 +126,8 @@ class Config:
     phase: Phase
     data: str | None = None
     split_file: Path | None = None
+    group_by: Grouping | None = None
+    exclude_file: Path | None = None
     split_seed: int = 0
     val_fraction: float = 0.3
     limit: int | None = None
@@ -116,6 +136,8 @@ class Config:
     weights: str = "imagenet"
     head: tuple[int, ...] | None = None
     pool: Literal["avg", "max"] | None = None
+    size: int | None = None
+    outputs: int | None = None
     parent: str | None = None
     epochs: int = 10
     transfer_epochs: int | None = None
@@ -136,9 +158,16 @@ class Config:
     run_name: str | None = None
     runs_dir: Path = Path("runs")
     early_stop: int | None = None
+    label_smoothing: float = 0.0
+    class_weights: ClassWeights = "off"
+    layer_decay: float = 1.0
+    gradual: str | None = None
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("--phase", self.phase, PHASES)
+        if self.group_by is not None:
+            _one_of("--group-by", self.group_by, get_args(Grouping))
         _check(0 < self.val_fraction < 1, "--val-fraction", self.val_fraction, "between 0 and 1")
         _check(
             self.limit is None or self.limit >= 2, "--limit", self.limit, "2 or more photos a class"
@@ -153,6 +182,8 @@ class Config:
             _check(rate is None or 0 < rate <= 1e30, flag, rate, "above zero, at most 1e30")
         _one_of("--optimizer", self.optimizer, get_args(OptimizerName))
         _one_of("--pool", self.pool or "avg", ("avg", "max"))
+        _check(self.size is None or 1 <= self.size <= 4096, "--size", self.size, "1 to 4096 pixels")
+        _check(self.outputs is None or self.outputs >= 2, "--outputs", self.outputs, "2 or more")
         _one_of("--device", self.device, get_args(DeviceName))
         _check(
             min(self.head or (1,)) >= 1,
@@ -171,7 +202,23 @@ class Config:
             self.early_stop,
             "1 or more epochs",
         )
+        self._check_objective()
         self._check_phase()
+
+    def _check_objective(self) -> None:
+        _check(
+            0 <= self.label_smoothing < 1,
+            "--label-smoothing",
+            self.label_smoothing,
+            "from 0 to below 1",
+        )
+        _one_of("--class-weights", self.class_weights, get_args(ClassWeights))
+        _check(0 < self.layer_decay <= 1, "--layer-decay", self.layer_decay, "above 0, at most 1")
+        if any(not after < self.epochs for after, _ in self.stages):
+            raise ConfigError(
+                f"--gradual {self.gradual}: frees layers after the last of {self.epochs} epochs. "
+                "Give more --epochs, or free them sooner."
+            )
 
     def _check_phase(self) -> None:
         if self.parent is not None and self.phase not in ("transfer", "finetune"):
@@ -180,6 +227,8 @@ class Config:
             for flag, value in (
                 ("--transfer-epochs", self.transfer_epochs),
                 ("--transfer-lr", self.transfer_lr),
+                ("--layer-decay", None if self.layer_decay == 1 else self.layer_decay),
+                ("--gradual", self.gradual),
             ):
                 if value is not None:
                     raise ConfigError(f"{flag} belongs to --phase finetune, not {self.phase}.")
@@ -190,13 +239,38 @@ class Config:
         return self.views if isinstance(self.views, int) else None
 
     @property
+    def stages(self) -> tuple[tuple[int, str], ...]:
+        """What a finetune phase frees: (after how many of its epochs, what) each, `unfreeze` first.
+
+        Raises ConfigError where `gradual` cannot be read or its epochs do not rise.
+        """
+        found = [(0, self.unfreeze)]
+        for text in self.gradual.split(",") if self.gradual is not None else ():
+            which, _, after = (part.strip() for part in text.rpartition("@"))
+            if not which or not after.isdecimal() or int(after) <= found[-1][0]:
+                raise ConfigError(
+                    f"--gradual {self.gradual}: must be what is freed @ after which epoch, the "
+                    "epochs rising from 1, such as 20@5,all@10."
+                )
+            found.append((int(after), which))
+        return tuple(found)
+
+    @property
+    def grouping(self) -> Grouping | None:
+        """What Thaw's own split keeps together; a split file decides alone."""
+        if self.split_file is not None:
+            return None
+        return self.group_by or _GROUPED.get(self.data or "")
+
+    @property
     def learning_rate(self) -> float:
         return DEFAULT_LR[self.phase] if self.lr is None else self.lr
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for run.json."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()} | {
-            "lr": self.learning_rate
+            "lr": self.learning_rate,
+            "group_by": self.grouping,
         }
 
 

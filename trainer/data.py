@@ -138,6 +138,25 @@ def load_photos(config: Config, preprocess: Preprocess) -> Photos:
     )
 
 
+def load_test(config: Config, preprocess: Preprocess) -> tuple[Listing, Split]:
+    """The photos of the test split, which no training opens. Raises DataError without any."""
+    listing = list_photos(config)
+    items = [item for item in listing.items if item.split == "test"]
+    if not items:
+        raise DataError(
+            f"{listing.root} has no test photos. Put them into a folder test/ beside train/, or "
+            "name them in --split-file."
+        )
+    rejected: dict[str, str] = {}
+    hashes = _hash_all(listing.root, items, rejected)
+    items = [item for item in items if item.file in hashes]
+    cache = Cache(config.cache_dir, config.cache_limit) if config.cache else None
+    split = _Decoder(listing, items, hashes, preprocess).split(config, cache, rejected)
+    if rejected:
+        _report(rejected, config)
+    return listing, split
+
+
 def to_augment(augmentation: Augmentation, preprocess: Preprocess) -> Preprocess:
     """How photos are decoded that are augmented then: the larger square to crop from included.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -13,13 +14,13 @@ from trainer.config import Augmentation, Config, Schedule
 from trainer.data import Photos, load_photos
 from trainer.environment import choose_device
 from trainer.grid import SweepInfo, trunk
-from trainer.model import DEFAULT_ARCH, ModelSpec, build_model
+from trainer.model import DEFAULT_ARCH, ModelSpec, build_model, check_takes
 from trainer.phase import PhaseRun, pretrained_labels
 from trainer.progress import Progress, summary
 from trainer.ranking import count
 from trainer.resume import Resume, find_resume
 from trainer.runlog import Run, check_writable, find_run, list_runs, read_run
-from trainer.schema import Preprocess
+from trainer.schema import Preprocess, Status, ThawError
 from trainer.start import (
     Start,
     adopt,
@@ -31,7 +32,7 @@ from trainer.start import (
     start_from_weights,
 )
 from trainer.together import Member, train_together
-from trainer.weights import default_preprocess
+from trainer.weights import choose_preprocess
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +44,31 @@ class Job:
     start: Start
 
 
-def fit(config: Config, go_on: bool = False) -> Run:
+def fit(config: Config, go_on: bool = False, once: bool = False) -> Run:
     """Train one phase as configured and return the finished run. Raises ThawError.
 
-    With `go_on` a run that was interrupted and is configured alike goes on, where there is one.
+    With `go_on` a run that was interrupted and is configured alike goes on, where there is one;
+    with `once` a run that is done and is configured alike is returned as it is.
     """
     check_before_work(config)
     job = prepare_finetune(config) if config.phase == "finetune" else prepare(config)
-    return _train_alone(job, _interrupted(job) if go_on else None)
+    if once and (done := _earlier(job, "done")):
+        return done
+    return _train_alone(job, _earlier(job, "interrupted", "running") if go_on else None)
 
 
-def _interrupted(job: Job) -> Run | None:
-    """The newest of them, other than the members of sweeps."""
-    wanted = json.loads(json.dumps(job.config.to_dict()))
+def _earlier(job: Job, *statuses: Status) -> Run | None:
+    """The newest of them, other than the members of sweeps, whatever recipe asked for it."""
+    wanted = _unnamed(json.loads(json.dumps(job.config.to_dict())))
     for run in reversed(list_runs(job.config.runs_dir)):
-        open_ended = run.status in ("interrupted", "running") and "sweep" not in run.info
-        if open_ended and run.info.get("config") == wanted:
+        found = run.status in statuses and "sweep" not in run.info
+        if found and _unnamed(run.info.get("config", {})) == wanted:
             return run
     return None
+
+
+def _unnamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in ("recipe", "run_name")}
 
 
 def check_before_work(config: Config) -> None:
@@ -69,7 +77,9 @@ def check_before_work(config: Config) -> None:
     check_writable(config.runs_dir)
     if config.parent is None:
         arch = config.arch or DEFAULT_ARCH
-        build_model(ModelSpec(arch, 2, config.head or (), config.pool or "avg"))
+        network = build_model(ModelSpec(arch, 2, config.head or (), config.pool or "avg"))
+        if config.size is not None:
+            check_takes(network, arch, config.size)
 
 
 def prepare(config: Config, photos: Photos | None = None) -> Job:
@@ -80,7 +90,7 @@ def prepare(config: Config, photos: Photos | None = None) -> Job:
         return _from_run(config, parent, photos)
     config, weights = choose_weights(config)
     arch = config.arch or DEFAULT_ARCH
-    preprocess = default_preprocess(arch)
+    preprocess = choose_preprocess(arch, config.size)
     photos = photos or load_photos(config, preprocess)
     torch.manual_seed(config.seed)
     start = start_from_weights(config, arch, weights, preprocess, photos)
@@ -97,6 +107,19 @@ def prepare_finetune(config: Config, photos: Photos | None = None) -> Job:
     return _from_run(config, parent, photos)
 
 
+def prepare_without_training(config: Config) -> Job:
+    """As for training, but a finetune phase needs a run that is there. Raises ThawError."""
+    if config.phase != "finetune":
+        return prepare(config)
+    parent, config, photos = find_parent(config)
+    if parent is None:
+        raise ThawError(
+            "There is no finished transfer run of this data and architecture to finetune from. "
+            "Train one with --phase transfer, or name a run with --from."
+        )
+    return _from_run(config, parent, photos)
+
+
 def find_parent(config: Config, photos: Photos | None = None) -> tuple[Run | None, Config, Photos]:
     """The run that a finetune starts from, `--from` or the newest that fits; None where there is
     none. With it the settings that it decides, and the photos."""
@@ -106,7 +129,8 @@ def find_parent(config: Config, photos: Photos | None = None) -> tuple[Run | Non
         preprocess = Preprocess.from_dict(parent.info["preprocess"])
         return parent, config, photos or load_photos(config, preprocess)
     config = sample_arch(config)
-    photos = photos or load_photos(config, default_preprocess(config.arch or DEFAULT_ARCH))
+    preprocess = choose_preprocess(config.arch or DEFAULT_ARCH, config.size)
+    photos = photos or load_photos(config, preprocess)
     return newest_parent(config, photos.fingerprint), config, photos
 
 
@@ -275,4 +299,8 @@ def _place(config: Config) -> Config:
         augmentation=augmentation,
         run_name=None,
         early_stop=None,
+        label_smoothing=Config.label_smoothing,
+        class_weights=Config.class_weights,
+        layer_decay=Config.layer_decay,
+        gradual=None,
     )

@@ -12,7 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from trainer.config import SAMPLE, Augmentation, Config, Schedule, ScheduleName
+from trainer.config import (
+    NAMED_DATA,
+    Augmentation,
+    ClassWeights,
+    Config,
+    Schedule,
+    ScheduleName,
+)
 from trainer.runlog import Run
 from trainer.schema import ThawError
 
@@ -20,10 +27,18 @@ MOST_MEMBERS: Final = 1000
 # What may take several values, in the order in which a label names it.
 SWEPT: Final = (
     *("lr", "unfreeze", "name", "decay", "drop", "epochs_drop"),
+    *("label_smoothing", "class_weights", "layer_decay"),
     *("brightness", "contrast", "rotation", "crop_from", "noise", "seed"),
 )
+# Settings that came later: where they are off, a plan keeps the id that it had without them.
+_LATER: Final = (
+    *("label_smoothing", "class_weights", "layer_decay", "gradual", "size", "outputs"),
+    *("group_by", "exclude_file"),
+)
 # Where and how fast a member is computed, not what: these leave the id of the plan as it is.
-NOT_TRAINING: Final = ("device", "cache", "cache_dir", "cache_limit", "runs_dir", "run_name")
+NOT_TRAINING: Final = (
+    *("device", "cache", "cache_dir", "cache_limit", "runs_dir", "run_name", "recipe"),
+)
 
 _USED: Final[Mapping[ScheduleName, tuple[str, ...]]] = {
     "constant": (),
@@ -221,6 +236,9 @@ def swept(config: Config) -> dict[str, Any]:
         "decay": config.schedule.decay if "decay" in used else None,
         "drop": config.schedule.drop if "drop" in used else None,
         "epochs_drop": config.schedule.epochs_drop if "epochs_drop" in used else None,
+        "label_smoothing": config.label_smoothing,
+        "class_weights": config.class_weights,
+        "layer_decay": None if head_only else config.layer_decay,
         "brightness": config.augmentation.brightness,
         "contrast": config.augmentation.contrast,
         "rotation": config.augmentation.rotation,
@@ -241,6 +259,8 @@ def _rank(name: str, value: Any) -> tuple[int, Any]:
         return 0, 0
     if name == "name":
         return 1, get_args(ScheduleName).index(value)
+    if name == "class_weights":
+        return 1, get_args(ClassWeights).index(value)
     if name == "unfreeze":
         if str(value).isdecimal():
             return 1, int(value)
@@ -299,11 +319,13 @@ def _reference(config: Config, parent: Run) -> str:
 def control(config: Config, parent: Run | None) -> Config:
     """The same further epochs as `config` on the same batches, with all but the head frozen.
 
-    It goes on with the parent's own optimizer and schedule (`lr` None), so it is what training
-    would have been without fine-tuning; after a parent that was not a transfer phase, with the
-    rate that its head ended with.
+    It goes on with the parent's own optimizer, loss and schedule (`lr` None), so it is what
+    training would have been without fine-tuning; after a parent that was not a transfer phase, with
+    the rate that its head ended with.
     """
     theirs = {} if parent is None else parent.info.get("config", {})
+    # A parent that has to be trained first is trained with these; an old one without any.
+    without = config if parent is None else Config
     return dataclasses.replace(
         config,
         phase="transfer",
@@ -311,6 +333,10 @@ def control(config: Config, parent: Run | None) -> Config:
         unfreeze=Config.unfreeze,
         schedule=Schedule(),
         optimizer=theirs.get("optimizer", config.optimizer),
+        label_smoothing=theirs.get("label_smoothing", without.label_smoothing),
+        class_weights=theirs.get("class_weights", without.class_weights),
+        layer_decay=Config.layer_decay,
+        gradual=None,
         transfer_epochs=None,
         transfer_lr=None,
     )
@@ -330,6 +356,8 @@ def trunk(config: Config) -> Config:
         transfer_epochs=None,
         transfer_lr=None,
         schedule=Schedule(),
+        layer_decay=Config.layer_decay,
+        gradual=None,
         run_name=None,
     )
 
@@ -369,7 +397,7 @@ def word(name: str, value: Any) -> str:
         return "no crop" if value is None else f"crop from {value}"
     if name == "epochs_drop":
         return f"drop every {value}"
-    return f"{name} {_text(value)}"
+    return f"{name.replace('_', ' ')} {_text(value)}"
 
 
 def _text(value: Any) -> str:
@@ -400,8 +428,17 @@ def _training(config: Config, parent: Run | None) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     for name in NOT_TRAINING:
         settings.pop(name, None)
-    for name, words in (("data", (SAMPLE,)), ("split_file", ()), ("weights", ("imagenet", "none"))):
-        value = settings[name]
+    for name in _LATER:
+        if settings[name] == getattr(Config, name):
+            del settings[name]
+    places: Mapping[str, tuple[str | None, ...]] = {
+        "data": NAMED_DATA,
+        "split_file": (),
+        "exclude_file": (),
+        "weights": ("imagenet", "none"),
+    }
+    for name, words in places.items():
+        value = settings.get(name)
         if value is not None and value not in words:
             settings[name] = str(Path(value).expanduser().absolute())  # however it was written
     if settings.get("views") == "auto":

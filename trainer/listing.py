@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from tqdm import tqdm
 
-from trainer.config import SAMPLE, Config
+from trainer.cli import inert
+from trainer.config import NAMED_DATA, SAMPLE, Config
 from trainer.preprocess import PHOTO_SUFFIXES, is_photo
 from trainer.schema import ThawError
 
@@ -59,6 +62,13 @@ class Listing:
 
 def list_photos(config: Config) -> Listing:
     """Find classes and photos and split them. Raises DataError."""
+    listing = find_photos(config)
+    check_listing(listing)
+    return listing
+
+
+def find_photos(config: Config) -> Listing:
+    """As `list_photos`, but what was found may be too little to train on."""
     name, root = _root(config)
     if not root.is_dir():
         raise DataError(
@@ -76,13 +86,18 @@ def list_photos(config: Config) -> Listing:
             for file, split in _split_class(_limited(of_class, config), config)
         ]
         listing = Listing(name, root, classes, tuple(items), notices)
-    _check(listing)
-    return listing
+    if config.grouping is not None:
+        listing = _told_of_lone_tracks(listing)
+    return listing if config.exclude_file is None else _without(listing, config.exclude_file)
 
 
 def _root(config: Config) -> tuple[str, Path]:
     if config.data in (None, SAMPLE):
         return SAMPLE, _sample(config.cache_dir)
+    if config.data in NAMED_DATA:
+        from trainer.datasets import find_data
+
+        return config.data, find_data(config.data, config.cache_dir)
     root = Path(str(config.data)).expanduser().absolute()
     return root.name, root
 
@@ -100,19 +115,26 @@ def _sample(cache_dir: Path) -> Path:
 
 
 def _own_splits(root: Path) -> dict[str, Path]:
-    found = {_SPLIT_NAMES.get(p.name.lower(), ""): p for p in _folders(root)}
+    found = {_SPLIT_NAMES.get(p.name.lower(), ""): p for p in folders_in(root)}
     found.pop("", None)
     return found if "train" in found else {}
 
 
-def _folders(path: Path) -> list[Path]:
+def holds_classes(root: Path) -> bool:
+    """Whether a folder looks like a data folder: train/ in it, or two folders with photos."""
+    if _own_splits(root):
+        return True
+    return sum(1 for folder in folders_in(root) if _photos_below(folder)[0]) > 1
+
+
+def folders_in(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
 
 
 def _class_folders(root: Path) -> tuple[tuple[str, ...], list[list[str]], tuple[str, ...]]:
     """Class names, their photos (relative to `root`), and what the user should know."""
     classes, files, notices = [], [], []
-    for folder in _folders(root):
+    for folder in folders_in(root):
         photos, others = _photos_below(folder)
         if others:
             notices.append(f"{folder.name}: {others} files without a photo suffix were left out.")
@@ -150,9 +172,87 @@ def _limited(files: list[str], config: Config) -> list[str]:
 def _split_class(files: list[str], config: Config) -> list[tuple[str, str]]:
     """Stratified: each class is shuffled by its photos' own ranks, so photos added to other
     classes change nothing here."""
+    if config.grouping == "track":
+        return _split_tracks(files, config)
     ranked = sorted(files, key=lambda file: _rank(file, config.split_seed))
     held_out = min(max(1, round(len(ranked) * config.val_fraction)), max(1, len(ranked) - 1))
     return sorted((f, "val" if i < held_out else "train") for i, f in enumerate(ranked))
+
+
+def _split_tracks(files: list[str], config: Config) -> list[tuple[str, str]]:
+    """As `_split_class`, by whole tracks: as many of them as come nearest to the fraction, but all
+    of a lone track train."""
+    tracks: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        tracks[_track(file)].append(file)
+    ranked = sorted(tracks, key=lambda track: _rank(track, config.split_seed))
+    wanted = len(files) * config.val_fraction
+    sizes = [0, *accumulate(len(tracks[track]) for track in ranked)]
+    count = min(range(1, len(ranked)), key=lambda n: abs(sizes[n] - wanted), default=0)
+    held_out = set(ranked[:count])
+    return sorted((file, "val" if _track(file) in held_out else "train") for file in files)
+
+
+def _track(file: str) -> str:
+    """`00/00001` of `00/00001_00012.png`."""
+    path = PurePosixPath(file)
+    track, _, frame = path.stem.rpartition("_")
+    if not track or not frame.isdecimal():
+        raise DataError(
+            f"--group-by track: {file} is not named track_frame, such as 00001_00012.png. Rename "
+            "it, leave the flag away, or give the split with --split-file."
+        )
+    return (path.parent / track).as_posix()
+
+
+def _told_of_lone_tracks(listing: Listing) -> Listing:
+    validated = {item.label for item in listing.items if item.split == "val"}
+    lone = [name for label, name in enumerate(listing.classes) if label not in validated]
+    if not lone:
+        return listing
+    notice = f"All photos of one track, so none to validate: {', '.join(lone)}."
+    return replace(listing, notices=(*listing.notices, notice))
+
+
+def _without(listing: Listing, path: Path) -> Listing:
+    """Taken away after the split, so that every other photo stays in its part."""
+    excluded = read_excluded(path)
+    unknown = sorted(file for file in excluded if not (listing.root / file).is_file())
+    if excluded and len(unknown) == len(excluded):
+        raise DataError(
+            f"None of the {len(excluded)} photos that --exclude-file {path} lists is in "
+            f"{listing.root}. Paths in it are relative to the data folder: is it another's list?"
+        )
+    items = tuple(item for item in listing.items if item.file not in excluded)
+    left_out = len(listing.items) - len(items)
+    notices = [*listing.notices, f"{left_out} photos are left out (--exclude-file {path})."]
+    if unknown:
+        notices.append(f"{len(unknown)} that it lists are not there, such as {unknown[0]}.")
+    return replace(listing, items=items, notices=tuple(notices))
+
+
+def read_excluded(path: Path) -> frozenset[str]:
+    """The photos of an `--exclude-file`, relative to the data folder: one a line as it is, or in
+    JSON's quotes; empty lines and those that begin with # say nothing. Raises DataError."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"--exclude-file {path} cannot be read: {error}.") from error
+    found = set()
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if line and not line.startswith("#"):
+            try:
+                file = json.loads(line) if line.startswith('"') else line
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: {error}.") from error
+            found.add(PurePosixPath(file).as_posix())
+    return frozenset(found)
+
+
+def excluded_line(file: str) -> str:
+    """`file` as a line that `read_excluded` reads."""
+    plain = file == inert(file) == file.strip() and not file.startswith(("#", '"'))
+    return file if plain else json.dumps(file)
 
 
 def _from_split_folders(
@@ -205,7 +305,8 @@ def _from_split_file(name: str, root: Path, path: Path) -> Listing:
     return Listing(name, root, tuple(classes), tuple(items))
 
 
-def _check(listing: Listing) -> None:
+def check_listing(listing: Listing) -> None:
+    """Raise DataError where it cannot be trained on."""
     if not listing.classes:
         kinds = " ".join(sorted(PHOTO_SUFFIXES))
         raise DataError(

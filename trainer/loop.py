@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from trainer.augment import view_generator
+from trainer.config import Config
 from trainer.frozen import Batch, Source
 from trainer.graphs import TrainingForward
 from trainer.prefix import Cut
@@ -44,9 +45,45 @@ class TrainingResult:
     accuracy: float
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What training minimises, the mean cross-entropy unless told otherwise; see
+    `torch.nn.functional.cross_entropy` for `smoothing` and for `weights`, float32 [classes].
+
+    A batch's loss with weights is sum(w[label] * loss) / sum(w[label]) over its photos. Only the
+    gradients come of it: the losses that are recorded are plain, so that runs compare.
+    """
+
+    smoothing: float = 0.0
+    weights: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def plain(self) -> bool:
+        return self.smoothing == 0 and self.weights is None
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits [n, classes] and labels [n] -> a number."""
+        return functional.cross_entropy(
+            logits, labels, self.weights, label_smoothing=self.smoothing
+        )
+
+
+def objective_of(
+    config: Config, labels: NDArray[np.int64], classes: int, device: torch.device
+) -> Objective:
+    """As `config` says. Balanced weights are n / (classes * n_c), n_c of the n labels being c."""
+    if config.class_weights == "off":
+        return Objective(config.label_smoothing)
+    counts = torch.bincount(torch.from_numpy(labels), minlength=classes)
+    # A class without photos has no loss, but smoothed labels reach it.
+    weights = len(labels) / (classes * counts.clamp(min=1).float())
+    return Objective(config.label_smoothing, weights.to(device))
+
+
 class Learner(Protocol):
     """What an epoch needs to know of a network that trains.
 
+    `objective` is what its steps lower.
     `tail` maps what crosses over at `cut` (None: normalised photos) to logits [n, classes], and so
     does `forward`, in training only.
     `training` names its modules that are in training mode while it trains. `linear` says that all
@@ -58,6 +95,7 @@ class Learner(Protocol):
     cut: Cut | None
     training: frozenset[str]
     optimizer: torch.optim.Optimizer
+    objective: Objective
     linear: bool
 
 
@@ -134,19 +172,13 @@ def train_epoch(
     and accuracy.
     """
     started = time.perf_counter()
-    seed = source.engine.seed
-    source.open(epoch)
     for learner in learners:
-        _set_modes(learner)
+        set_modes(learner)
     running = [_Running() for _ in learners]
     failed: Failed = {}
-    for number, rows in enumerate(_order(seed, len(source.split), batch_size, epoch), start=1):
-        batch = source.batch(rows)
-        # Dropout draws from torch's global generator. Seeded by the batch, a network draws the same
-        # whether it trains alone or beside others, and any epoch can be repeated alone.
-        draws = int(view_generator(seed, f"dropout {number}", epoch).integers(2**62))
+    for number, (batch, draws) in enumerate(batches(source, batch_size, epoch), start=1):
         for group in _together(learners, failed):
-            steps = _step([learners[i] for i in group], batch, draws)
+            steps = take_step([learners[i] for i in group], batch, draws)
             for i, (loss, logits) in zip(group, steps, strict=True):
                 if not np.isfinite(loss):
                     failed[i] = diverged(loss, f"epoch {epoch}, batch {number}")
@@ -155,9 +187,20 @@ def train_epoch(
         if len(failed) == len(learners):
             break
         first = next(r for i, r in enumerate(running) if i not in failed)
-        on_batch(len(rows), first.loss / first.seen, first.hits / first.seen)
+        on_batch(len(batch.rows), first.loss / first.seen, first.hits / first.seen)
     results = [failed.get(i) or r.result() for i, r in enumerate(running)]
     return results, time.perf_counter() - started
+
+
+def batches(source: Source, batch_size: int, epoch: int) -> Iterator[tuple[Batch, int]]:
+    """The training photos in an order drawn from (seed, epoch), with the seed of each step."""
+    seed = source.engine.seed
+    source.open(epoch)
+    for number, rows in enumerate(_order(seed, len(source.split), batch_size, epoch), start=1):
+        # Dropout draws from torch's global generator. Seeded by the batch, a network draws the same
+        # whether it trains alone or beside others, and any epoch can be repeated alone.
+        draws = int(view_generator(seed, f"dropout {number}", epoch).integers(2**62))
+        yield source.batch(rows), draws
 
 
 def diverged(loss: float, where: str) -> DivergedError:
@@ -167,7 +210,8 @@ def diverged(loss: float, where: str) -> DivergedError:
     )
 
 
-def _set_modes(learner: Learner) -> None:
+def set_modes(learner: Learner) -> None:
+    """Each of its modules as it is while it trains."""
     for name, module in learner.tail.named_modules():
         module.training = name in learner.training
 
@@ -188,8 +232,9 @@ def _together(learners: Sequence[Learner], failed: Failed) -> list[list[int]]:
     return list(groups.values())
 
 
-def _step(learners: list[Learner], batch: Batch, draws: int) -> list[tuple[float, Tensor]]:
-    """A step of learners with the same cut; each one's loss and logits, from before the step.
+def take_step(learners: Sequence[Learner], batch: Batch, draws: int) -> list[tuple[float, Tensor]]:
+    """A step of learners with the same cut, in the modes that they are in; each one's plain loss
+    and logits, from before the step. Chance is drawn from `draws`.
 
     One whose loss is not finite takes none.
     """
@@ -202,7 +247,8 @@ def _step(learners: list[Learner], batch: Batch, draws: int) -> list[tuple[float
         logits = alone.forward(*inputs)[None]
     else:
         logits = _stacked([learner.tail for learner in learners], inputs)
-    losses = torch.stack([functional.cross_entropy(one, labels) for one in logits])
+    pairs = list(zip(learners, logits, strict=True))
+    losses = torch.stack([learner.objective(one, labels) for learner, one in pairs])
     values = losses.tolist()
     for learner in learners:
         learner.optimizer.zero_grad(set_to_none=True)
@@ -211,7 +257,16 @@ def _step(learners: list[Learner], batch: Batch, draws: int) -> list[tuple[float
     for learner, value in zip(learners, values, strict=True):
         if np.isfinite(value):
             learner.optimizer.step()
+    if not all(learner.objective.plain for learner in learners):
+        values = _plain_losses(values, logits.detach(), labels)
     return list(zip(values, logits.detach(), strict=True))
+
+
+def _plain_losses(minimised: list[float], logits: Tensor, labels: Tensor) -> list[float]:
+    """The cross-entropies of logits [networks, n, classes]; where what was minimised is not finite,
+    that stays to be seen."""
+    plain = torch.stack([functional.cross_entropy(one, labels) for one in logits]).tolist()
+    return [new if np.isfinite(old) else old for old, new in zip(minimised, plain, strict=True)]
 
 
 def _stacked(tails: list[nn.Module], inputs: tuple[Tensor, ...]) -> Tensor:

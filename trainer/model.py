@@ -6,7 +6,7 @@ keep their own module names, so their state dicts load into plain torchvision as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final, Literal
@@ -15,10 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trainer.cnn10 import Cnn10
+from trainer.nasnet import NASNetMobile
 from trainer.schema import Preprocess, ThawError
 
 DEFAULT_ARCH: Final = "efficientnet_b0"
 TIMM_PREFIX: Final = "timm:"
+NASNET: Final = "nasnet_mobile"
+CNN10: Final = "cnn10"
+# Networks of no library.
+OWN: Final[Mapping[str, type[nn.Module]]] = {NASNET: NASNetMobile, CNN10: Cnn10}
 
 Pool = Literal["avg", "max"]
 
@@ -31,8 +37,8 @@ class ModelError(ThawError):
 class ModelSpec:
     """What is needed to build a network anew.
 
-    `arch` is a torchvision classification model or `timm:<name>`; `head` holds the sizes of hidden
-    layers (empty for a linear head); `pool` is the last spatial pooling.
+    `arch` is a torchvision classification model, one of `OWN`, or `timm:<name>`; `head` holds the
+    sizes of hidden layers (empty for a linear head); `pool` is the last spatial pooling.
     """
 
     arch: str
@@ -69,7 +75,11 @@ class InputNormalize(nn.Module):
 
 def build_model(spec: ModelSpec) -> nn.Module:
     """A network with random weights. Raises ModelError for an unknown arch, with close matches."""
-    network = _timm(spec) if spec.arch.startswith(TIMM_PREFIX) else _torchvision(spec)
+    if spec.arch.startswith(TIMM_PREFIX):
+        network = _timm(spec)
+    else:
+        network = OWN[spec.arch]() if spec.arch in OWN else _torchvision(spec)
+        _replace_pool(network, spec)
     _replace_head(network, spec)
     return network
 
@@ -79,16 +89,19 @@ def _torchvision(spec: ModelSpec) -> nn.Module:
 
     names = models.list_models(module=models)
     if spec.arch not in names:
-        raise ModelError(_unknown_arch(spec.arch, names))
+        raise ModelError(_unknown_arch(spec.arch, [*OWN, *names]))
     # Auxiliary classifiers would add a second output; the other networks do not know these flags.
     extra: dict[str, Any] = {"googlenet": _NO_AUX, "inception_v3": _NO_AUX}.get(spec.arch, {})
-    network: nn.Module = models.get_model(spec.arch, weights=None, **extra)
+    made: nn.Module = models.get_model(spec.arch, weights=None, **extra)
+    return made
+
+
+def _replace_pool(network: nn.Module, spec: ModelSpec) -> None:
     if spec.pool == "max":
         pool = getattr(network, "avgpool", None)
         if not isinstance(pool, nn.AdaptiveAvgPool2d):
             raise ModelError(f"--pool max: {spec.arch} has no pooling layer to replace. Use avg.")
         network.avgpool = nn.AdaptiveMaxPool2d(pool.output_size)
-    return network
 
 
 _NO_AUX: Final = {"aux_logits": False, "init_weights": False}
@@ -115,7 +128,7 @@ def _unknown_arch(name: str, known: list[str]) -> str:
     hint = f"Did you mean {close}?" if close else ""
     return (
         f"Unknown architecture {name!r}. {hint} Use a torchvision classification model "
-        f"(such as {DEFAULT_ARCH} or resnet50) or timm:<name>."
+        f"(such as {DEFAULT_ARCH} or resnet50), {', '.join(OWN)}, or timm:<name>."
     )
 
 
@@ -160,6 +173,19 @@ def _replace_head(network: nn.Module, spec: ModelSpec) -> None:
         )
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, new)
+
+
+def check_takes(network: nn.Module, arch: str, side: int) -> None:
+    """Raise ModelError where the network does not take photos of `side` x `side` pixels."""
+    network.eval()
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, 3, side, side))
+    except (RuntimeError, ValueError, AssertionError) as error:  # as each architecture pleases
+        reason = (str(error).splitlines() or [""])[0]
+        raise ModelError(
+            f"--size {side}: {arch} does not take photos of {side} x {side} pixels ({reason})."
+        ) from error
 
 
 # --- layers -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,15 +19,16 @@ from tqdm import tqdm
 from trainer.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from trainer.config import Config, OptimizerName
 from trainer.data import Photos, Split
+from trainer.depth import distances
 from trainer.environment import peak_memory_bytes
 from trainer.graphs import TrainingForward
-from trainer.loop import Evaluation, TrainingResult, diverged
+from trainer.loop import Evaluation, Objective, TrainingResult, diverged
 from trainer.model import head_name, set_train_mode, trainable_modules, trainable_parameters
 from trainer.prefix import Cut, Trace
 from trainer.resume import Resume
 from trainer.runlog import RunWriter, write_atomically
 from trainer.schedule import learning_rate
-from trainer.schema import EpochRecord, PhaseRecord, Status, ThawError
+from trainer.schema import EpochRecord, PhaseRecord, Status, ThawError, Unfreezing
 from trainer.start import Start
 from trainer.tensorboard import TensorBoardLog
 
@@ -36,9 +37,25 @@ from trainer.tensorboard import TensorBoardLog
 _SAVE_SECONDS: Final = 30.0
 
 
-def make_optimizer(network: nn.Module, name: OptimizerName, lr: float) -> torch.optim.Optimizer:
-    """A fresh optimizer over what trains; nothing is carried over from an earlier phase."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
+# Of a group of an optimizer's parameters: the factor of its learning rate.
+_SCALE: Final = "scale"
+
+
+def make_optimizer(
+    network: nn.Module, name: OptimizerName, lr: float, scales: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """A fresh optimizer over what trains; nothing is carried over from an earlier phase.
+
+    `scales` are the factors of the learning rate of those parameters, by name, whose is not 1.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter, value in network.named_parameters():
+        if value.requires_grad:
+            groups.setdefault((scales or {}).get(parameter, 1.0), []).append(value)
+    parameters: list[dict[str, Any]] = [
+        {"params": values} | ({"lr": lr * scale, _SCALE: scale} if scales else {})
+        for scale, values in sorted(groups.items(), reverse=True)
+    ]
     match name:
         case "adam":
             return torch.optim.Adam(parameters, lr, fused=True)
@@ -48,38 +65,84 @@ def make_optimizer(network: nn.Module, name: OptimizerName, lr: float) -> torch.
             return torch.optim.SGD(parameters, lr, momentum=0.9, fused=True)
 
 
+def layer_scales(tail: nn.Module, network: nn.Module, decay: float) -> dict[str, float]:
+    """For what trains of a network's tail the factors of its learning rate, by parameter; empty
+    where all train at the same."""
+    if decay == 1:
+        return {}
+    away = distances(network)
+    trained = (name for name, value in tail.named_parameters() if value.requires_grad)
+    return {name: decay ** away[name] for name in trained}
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The head's learning rate; that of other layers in proportion."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(_SCALE, 1.0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What trains after `after` epochs of a phase, until more is freed.
+
+    `unfrozen` names the modules that own what trains, `training` those in training mode meanwhile.
+    """
+
+    after: int
+    unfrozen: tuple[str, ...]
+    training: frozenset[str]
+    params: int
+    backbone_trains: bool
+
+    @classmethod
+    def of(cls, network: nn.Module, after: int = 0) -> Stage:
+        """As the network is frozen now; puts its modules into their modes."""
+        set_train_mode(network)
+        unfrozen = trainable_modules(network)
+        return cls(
+            after,
+            unfrozen,
+            frozenset(n for n, m in network.named_modules() if m.training),
+            trainable_parameters(network),
+            len(unfrozen) > _head_size(network),
+        )
+
+
 @dataclass(frozen=True)
 class Part:
     """The part of a network that a phase trains, before any run has its copy of it.
 
-    `module` maps what crosses over at `cut` (None: normalised photos) to logits; `training` names
-    its modules that are in training mode while it trains; `unfrozen` those that own what trains.
+    `module` maps what crosses over at `cut` (None: normalised photos) to logits. Each of `stages`
+    frees what the one before it does, and more: the last one decides where the cut is.
     """
 
     module: nn.Module
     cut: Cut | None
-    training: frozenset[str]
-    unfrozen: tuple[str, ...]
-    params: int
-    backbone_trains: bool
+    stages: tuple[Stage, ...]
     linear: bool
 
     @classmethod
-    def of(cls, network: nn.Module, trace: Trace | None) -> Part:
-        """As the network is frozen now; shares its modules."""
+    def of(cls, network: nn.Module, trace: Trace | None, stages: Sequence[Stage]) -> Part:
+        """As the network is frozen now, in the last of `stages`; shares its modules."""
         cut = trace.cut() if trace is not None else None
         module = trace.part(cut, None) if trace is not None and cut is not None else network
-        set_train_mode(network)
-        training = frozenset(n for n, m in network.named_modules() if m.training)
-        unfrozen = trainable_modules(network)
-        return cls(
-            module,
-            cut,
-            training,
-            unfrozen,
-            trainable_parameters(network),
-            len(unfrozen) > _head_size(network),
-            cut is not None and all(p.requires_grad for p in module.parameters()),
+        all_trains = cut is not None and all(p.requires_grad for p in module.parameters())
+        return cls(module, cut, tuple(stages), all_trains and len(stages) == 1)
+
+    @property
+    def unfrozen(self) -> tuple[str, ...]:
+        """The modules that own what trains, sooner or later."""
+        return self.stages[-1].unfrozen
+
+    @property
+    def training(self) -> frozenset[str]:
+        """The modules that are in training mode, sooner or later."""
+        return self.stages[-1].training
+
+    def stage(self, phase_epoch: int) -> Stage:
+        """The one in which an epoch trains; epoch 0 shows the first."""
+        return next(
+            (one for one in reversed(self.stages) if one.after < phase_epoch), self.stages[0]
         )
 
     def copy(self) -> nn.Module:
@@ -93,10 +156,48 @@ class Part:
         twin = copy.deepcopy(self.module, {id(tensor): tensor for tensor in shared})
         # Not as the network is frozen now: that may be for another run's part by now.
         twin.requires_grad_(False)
-        for name in self.unfrozen:
-            for parameter in twin.get_submodule(name).parameters(recurse=False):
-                parameter.requires_grad_(True)
+        free(twin, self.unfrozen)
         return twin
+
+
+def free(module: nn.Module, names: Iterable[str]) -> None:
+    """Let what these modules own train."""
+    for name in names:
+        for parameter in module.get_submodule(name).parameters(recurse=False):
+            parameter.requires_grad_(True)
+
+
+@dataclass
+class Sample:
+    """A copy of a part that trains outside of any run; see `trainer.loop.Learner`."""
+
+    tail: nn.Module
+    forward: TrainingForward
+    cut: Cut | None
+    training: frozenset[str]
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    linear: bool
+
+    @classmethod
+    def of(
+        cls,
+        part: Part,
+        optimizer: OptimizerName,
+        rate: float,
+        objective: Objective | None = None,
+        scales: Mapping[str, float] | None = None,
+    ) -> Sample:
+        tail = part.copy()
+        return cls(
+            tail,
+            TrainingForward(tail),
+            part.cut,
+            part.training,
+            make_optimizer(tail, optimizer, rate, scales),
+            objective or Objective(),
+            part.linear,
+        )
 
 
 @dataclass(frozen=True)
@@ -121,6 +222,7 @@ class PhaseRun:
         start: Start,
         writer: RunWriter,
         part: Part,
+        objective: Objective,
         val: Split,
         device: torch.device,
         resume: Resume | None = None,
@@ -128,9 +230,8 @@ class PhaseRun:
         self.config, self.start, self.writer = config, start, writer
         self._val, self._device = val, device
         self.tail, self.cut = part.copy(), part.cut
-        self.forward = TrainingForward(self.tail)
-        self.training, self.linear = part.training, part.linear
-        self.part = part
+        self.part, self.linear = part, part.linear
+        self.objective = objective
         self.optimizer: torch.optim.Optimizer
         self.best: EpochRecord | None = None
         self.boundary: EpochRecord | None = None
@@ -143,12 +244,44 @@ class PhaseRun:
         self._board = TensorBoardLog(
             writer.path, None if resume is None else resume.checkpoint.epoch + 1
         )
+        self._scales = layer_scales(self.tail, start.network, config.layer_decay)
+        self._enter(part.stages[0])
         if resume is not None:
             self._go_on(resume)
         else:
-            writer.start_phase(
-                PhaseRecord(config.phase, start.first_epoch, None, part.unfrozen, part.params)
+            self._write_down()
+
+    def _enter(self, stage: Stage) -> None:
+        """Let train what trains in a stage, and nothing else."""
+        self.tail.requires_grad_(False)
+        free(self.tail, stage.unfrozen)
+        self.stage, self.training = stage, stage.training
+        self.forward = TrainingForward(self.tail)  # a graph holds what trained when it was captured
+
+    def _write_down(self) -> None:
+        """What this phase will train, before it does."""
+        config, start, (first, *later) = self.config, self.start, self.part.stages
+        gradual = tuple(map(self._unfreezing, later))
+        self.writer.start_phase(
+            PhaseRecord(
+                config.phase, start.first_epoch, None, first.unfrozen, first.params, gradual
             )
+        )
+        if self._scales:
+            self.writer.update(layer_rates=self._layer_rates())
+
+    def _unfreezing(self, stage: Stage) -> Unfreezing:
+        return Unfreezing(self.start.first_epoch + stage.after, stage.unfrozen, stage.params)
+
+    def _layer_rates(self) -> list[dict[str, Any]]:
+        """The initial learning rates, head first: {rate, modules}."""
+        groups: dict[float, dict[str, None]] = {}
+        for name, scale in self._scales.items():
+            groups.setdefault(scale, {})[name.rpartition(".")[0]] = None
+        return [
+            {"rate": self.config.learning_rate * scale, "modules": list(modules)}
+            for scale, modules in sorted(groups.items(), reverse=True)
+        ]
 
     def _go_on(self, resume: Resume) -> None:
         self.boundary, *trained = resume.records
@@ -161,9 +294,16 @@ class PhaseRun:
         if resume.checkpoint.optimizer is not None:
             self.optimizer = self._new_optimizer()
             self.optimizer.load_state_dict(resume.checkpoint.optimizer)
+        self._enter(self.part.stage(resume.phase_epoch))
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.tail, self.config.optimizer, self.config.learning_rate)
+        """Over all that trains sooner or later: what has no gradient is left as it is, and what is
+        freed later begins with a state of its own."""
+        config = self.config
+        self._enter(self.part.stages[-1])
+        made = make_optimizer(self.tail, config.optimizer, config.learning_rate, self._scales)
+        self._enter(self.part.stages[0])
+        return made
 
     @property
     def phase_epoch(self) -> int | None:
@@ -185,8 +325,11 @@ class PhaseRun:
     def start_epoch(self, phase_epoch: int) -> None:
         if phase_epoch == 1:
             self.optimizer = self._new_optimizer()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(phase_epoch)
+        stage = self.part.stage(phase_epoch)
+        if stage.after != self.stage.after:
+            self._enter(stage)
+            self.writer.unfreeze(self.config.phase, self._unfreezing(stage))
+        set_rate(self.optimizer, self._rate(phase_epoch))
 
     def end_epoch(
         self,
@@ -277,8 +420,8 @@ class PhaseRun:
             val_top5=evaluation.top5,
             val_macro_f1=evaluation.macro_f1,
             lr_head=rate,
-            lr_backbone=rate if self.part.backbone_trains else 0.0,
-            trainable_params=self.part.params,
+            lr_backbone=rate * self._backbone_scale(),
+            trainable_params=self.stage.params,
             seconds=seconds,
             images_per_second=images_per_second,
             peak_memory_bytes=peak_memory_bytes(self._device),
@@ -288,6 +431,19 @@ class PhaseRun:
         self.writer.epoch(record)
         self._board.epoch(record)
         return record
+
+    def _backbone_scale(self) -> float:
+        """The factor of the fastest of the layers that train besides the head."""
+        if not self._scales:
+            return float(self.stage.backbone_trains)
+        return max(
+            (
+                scale
+                for name, scale in self._scales.items()
+                if scale < 1 and name.rpartition(".")[0] in self.stage.unfrozen
+            ),
+            default=0.0,
+        )
 
     def _keep_best(self, record: EpochRecord, evaluation: Evaluation) -> None:
         self.best, self._after = record, evaluation
@@ -341,21 +497,26 @@ def _head_size(network: nn.Module) -> int:
 
 
 def pretrained_labels(photos: Photos, start: Start) -> Split:
-    """Validation photos labelled by the classes of the pretrained head.
+    """Validation photos labelled by the classes of the pretrained head."""
+    outputs = np.array(outputs_of(photos.classes, start.classes))
+    return dataclasses.replace(photos.val, labels=outputs[photos.val.labels])
+
+
+def outputs_of(classes: Sequence[str], pretrained: Sequence[str]) -> list[int]:
+    """For each class the output of a pretrained head.
 
     Class folders named like ImageNet classes are matched by name. Where any is not, class number i
     counts as output i, which is how the labs extended their labels to 1000.
     """
-    wanted = [_plain(name) for name in photos.classes]
-    known = {_plain(name): index for index, name in reversed(list(enumerate(start.classes)))}
+    wanted = [_plain(name) for name in classes]
+    known = {_plain(name): index for index, name in reversed(list(enumerate(pretrained)))}
     unknown = [name for name in wanted if name not in known]
     if unknown:
         print(
             f"Note: {len(unknown)} classes (such as {unknown[0]!r}) are not known to the "
             "pretrained network; class number i is compared with its output i, so expect chance."
         )
-    mapping = [i if unknown else known[name] for i, name in enumerate(wanted)]
-    return dataclasses.replace(photos.val, labels=np.array(mapping)[photos.val.labels])
+    return [i if unknown else known[name] for i, name in enumerate(wanted)]
 
 
 def _plain(name: str) -> str:

@@ -19,12 +19,11 @@ from trainer.config import Augmentation, Config
 from trainer.data import PhotoRows, Split, to_augment
 from trainer.environment import choose_device
 from trainer.frozen import Batch, Engine, Source, Work, prepare
-from trainer.graphs import TrainingForward
 from trainer.grid import Plan, batches_of, trunk
 from trainer.listing import Listing, list_photos
 from trainer.loop import evaluate, train_epoch
 from trainer.model import DEFAULT_ARCH, ModelSpec, build_model
-from trainer.phase import Part, make_optimizer
+from trainer.phase import Part, Sample
 from trainer.prefix import Cut, in_order, trace
 from trainer.preprocess import Photo, PhotoError, load_photo
 from trainer.process import usable_cores
@@ -33,7 +32,7 @@ from trainer.runlog import find_run
 from trainer.schema import Preprocess
 from trainer.start import adopt
 from trainer.together import part_of
-from trainer.weights import NONE, default_preprocess
+from trainer.weights import NONE, choose_preprocess
 
 _REPEATS: Final = 3
 # A slow step is not repeated any more once its repetitions have taken so long.
@@ -192,9 +191,11 @@ class _Scene:
         if config.parent is None:
             listing = list_photos(config)
             arch = config.arch or DEFAULT_ARCH
-            spec = ModelSpec(arch, len(listing.classes), config.head or (), config.pool or "avg")
+            outputs = config.outputs or len(listing.classes)
+            spec = ModelSpec(arch, outputs, config.head or (), config.pool or "avg")
             # The network first: it refuses a name that has no preprocessing.
-            return cls(config, build_model(spec), default_preprocess(arch), listing)
+            network = build_model(spec)
+            return cls(config, network, choose_preprocess(arch, config.size), listing)
         parent = find_run(config.runs_dir, config.parent)
         config = adopt(config, parent)
         model, preprocess = parent.info["model"], Preprocess.from_dict(parent.info["preprocess"])
@@ -259,16 +260,9 @@ class _Bench:
 
     def _tails(self, members: Sequence[Config]) -> tuple[float, float]:
         source, size = self._source, len(self._source.rows)
-        learners = [self._learner(member) for member in members]
+        learners = [Sample.of(self.part(member), member.optimizer, _NO_RATE) for member in members]
         step = self._seconds(lambda: train_epoch(learners, source, size, 1, _silent), size)
         return step, self._seconds(lambda: evaluate(learners, source, size), size)
-
-    def _learner(self, member: Config) -> _Learner:
-        part = self.part(member)
-        tail = part.copy()
-        optimizer = make_optimizer(tail, member.optimizer, _NO_RATE)
-        forward = TrainingForward(tail)
-        return _Learner(tail, forward, part.cut, part.training, optimizer, part.linear)
 
     def _stages(self) -> dict[Cut, float]:
         """The frozen part from the normalised photos up to each cut, in its fastest form."""
@@ -325,9 +319,9 @@ class _Bench:
         return time.perf_counter() - started
 
 
-def _kind(member: Config) -> tuple[str, str]:
+def _kind(member: Config) -> tuple[str, str, str | None]:
     """What decides which part of the network a member trains."""
-    return member.phase, member.unfreeze
+    return member.phase, member.unfreeze, member.gradual
 
 
 class _OneBatch(Source):
@@ -341,18 +335,6 @@ class _OneBatch(Source):
 
     def batch(self, rows: Rows) -> Batch:
         return self._batch
-
-
-@dataclass
-class _Learner:
-    """See `trainer.loop.Learner`."""
-
-    tail: nn.Module
-    forward: TrainingForward
-    cut: Cut | None
-    training: frozenset[str]
-    optimizer: torch.optim.Optimizer
-    linear: bool
 
 
 def _silent(photos: int, loss: float, accuracy: float) -> None:

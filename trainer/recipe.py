@@ -133,7 +133,7 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         others = sorted(set(content) - {"sweep"})
         found = f"; it holds {', '.join(others)}" if others else ""
         raise SweepError(f"The recipe {path} must hold one table, [sweep]{found}.")
-    flags = _flags(parser)
+    flags = flags_by_name(parser)
     settings: dict[str, Any] = {}
     for key, value in table.items():
         where = f"{path}: {key} = {value!r}"
@@ -141,16 +141,16 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         if name == "name":
             dest, read = "sweep", _name(value, where)
         elif name in flags:
-            dest, read = flags[name].dest, _read(flags[name], value, where)
+            dest, read = flags[name].dest, read_setting(flags[name], value, where)
         else:
-            raise SweepError(_unknown(path, key, [*flags, "name"]))
+            raise SweepError(unknown_setting(path, key, [*flags, "name"]))
         if dest in settings:
             raise SweepError(f"{path}: {key} is there twice, with - and with _. Remove one.")
         settings[dest] = read
     return _given(settings)
 
 
-def _flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+def flags_by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """Those that a recipe may hold, by name without dashes in front: `epochs-drop`."""
     return {
         option[2:]: action
@@ -160,7 +160,8 @@ def _flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     }
 
 
-def _unknown(path: Path, key: str, names: list[str]) -> str:
+def unknown_setting(path: Path, key: str, names: Sequence[str]) -> str:
+    """What to say of a key that is no flag."""
     near = difflib.get_close_matches(key.replace("_", "-"), names, 1)
     remedy = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(sorted(names))}."
     return f"{path}: {key} is no setting of a sweep. {remedy}"
@@ -172,8 +173,8 @@ def _name(value: object, where: str) -> str:
     return value.strip()
 
 
-def _read(action: argparse.Action, value: object, where: str) -> Any:
-    """A value of a recipe as the flag would have read it."""
+def read_setting(action: argparse.Action, value: object, where: str) -> Any:
+    """A value of a recipe as the flag would have read it. Raises SweepError, with `where`."""
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise SweepError(f"{where}: must be true or false.")

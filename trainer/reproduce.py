@@ -69,7 +69,7 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
 
 def resolved(run: Run) -> Config:
     """The run's settings as they have to be given today. Raises ReproduceError."""
-    config = _recorded(run)
+    config = recorded(run)
     root = run.info.get("dataset", {}).get("root")
     if config.data not in (None, SAMPLE) and isinstance(root, str):
         config = dataclasses.replace(config, data=root)  # however the folder was named then
@@ -82,14 +82,16 @@ def resolved(run: Run) -> Config:
     return config
 
 
-def _recorded(run: Run) -> Config:
+def recorded(run: Run) -> Config:
+    """The run's settings as run.json holds them. Raises ReproduceError."""
     given = {k: v for k, v in run.info.get("config", {}).items() if v is not None}
     if "imported" in run.info or "phase" not in given:
         raise ReproduceError(
             f"Run {run.run_id} was trained by another program, and only its log was imported. "
             "Train it again with that program."
         )
-    kinds = {"split_file": Path, "cache_dir": Path, "runs_dir": Path, "head": tuple}
+    paths = dict.fromkeys(("split_file", "exclude_file", "cache_dir", "runs_dir"), Path)
+    kinds = {**paths, "head": tuple}
     try:
         if given.get("lr") == DEFAULT_LR.get(given["phase"]):
             given.pop("lr", None)
@@ -162,6 +164,7 @@ def _check_files(config: Config) -> None:
     for value, what in (
         (config.data, "photos"),
         (config.split_file, "split"),
+        (config.exclude_file, "exclusions"),
         (config.weights, "weights"),
     ):
         if value not in _NOT_FILES and not _exists(str(value)):

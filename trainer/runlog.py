@@ -32,9 +32,11 @@ from trainer.schema import (
     RUN_JSON,
     SCHEMA_VERSION,
     EpochRecord,
+    Phase,
     PhaseRecord,
     Status,
     ThawError,
+    Unfreezing,
 )
 
 _RUN_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -135,6 +137,18 @@ class RunWriter:
                 "phase": phase.name,
                 "epoch": phase.first_epoch,
                 "trainable_params": phase.trainable_params,
+                "time": time.time(),
+            }
+        )
+
+    def unfreeze(self, phase: Phase, unfreezing: Unfreezing) -> None:
+        """Further layers train from here on, as the phase's record says they will."""
+        self._append(
+            {
+                "event": "unfreeze",
+                "phase": phase,
+                "epoch": unfreezing.epoch,
+                "trainable_params": unfreezing.trainable_params,
                 "time": time.time(),
             }
         )
@@ -427,10 +441,7 @@ def follow(path: Path) -> Iterator[EpochRecord | None]:
 
 def _read_info(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-        info = json.loads(text)
-        if "\\ud" in text.lower():  # half a character, which no file, table or page can hold
-            json.dumps(info, ensure_ascii=False).encode()
+        info = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

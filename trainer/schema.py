@@ -23,6 +23,8 @@ CHECKPOINTS: Final = "checkpoints"
 PREDICTIONS: Final = "predictions"
 MODEL_ONNX: Final = "model.onnx"
 PARITY_JSON: Final = "parity.json"
+TEST_JSON: Final = "test.json"
+LR_FIND: Final = "lr-find"  # the folder beside the runs with what the finder measured
 
 
 class ThawError(Exception):
@@ -124,17 +126,37 @@ def _or_worst(value: float) -> float:
 
 
 @dataclass(frozen=True)
+class Unfreezing:
+    """Further layers that are freed within a phase, after `epoch` of the lineage. `unfrozen_layers`
+    and `trainable_params` are of all that trains from then on."""
+
+    epoch: int
+    unfrozen_layers: tuple[str, ...]
+    trainable_params: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"unfrozen_layers": list(self.unfrozen_layers)}
+
+
+@dataclass(frozen=True)
 class PhaseRecord:
-    """One entry of run.json's "phases"; `last_epoch` is None until the phase has ended."""
+    """One entry of run.json's "phases"; `last_epoch` is None until the phase has ended.
+
+    `gradual` is what is to be freed after its first epochs, where it frees layers gradually.
+    """
 
     name: Phase
     first_epoch: int
     last_epoch: int | None
     unfrozen_layers: tuple[str, ...]
     trainable_params: int
+    gradual: tuple[Unfreezing, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"unfrozen_layers": list(self.unfrozen_layers)}
+        entry = asdict(self) | {"unfrozen_layers": list(self.unfrozen_layers)}
+        del entry["gradual"]
+        later = [unfreezing.to_dict() for unfreezing in self.gradual]
+        return entry | ({"gradual": later} if later else {})
 
 
 EPOCH_FIELDS: Final = tuple(field.name for field in fields(EpochRecord))

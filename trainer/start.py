@@ -20,6 +20,7 @@ from trainer.weights import (
     NONE,
     Pretrained,
     WeightsError,
+    choose_preprocess,
     find_weights,
     imagenet_categories,
     load_weights,
@@ -93,11 +94,15 @@ def start_from_weights(
     config: Config, arch: str, weights: Pretrained, preprocess: Preprocess, photos: Photos
 ) -> Start:
     direct = config.phase == "direct"
-    classes = _pretrained_classes(arch, weights, photos) if direct else photos.classes
+    classes = (
+        _pretrained_classes(arch, weights, photos)
+        if direct
+        else with_unused(photos.classes, config.outputs)
+    )
     spec = ModelSpec(arch, len(classes), config.head or (), config.pool or "avg")
-    if direct and (config.head or config.pool):
+    if direct and (config.head or config.pool or config.outputs):
         raise ThawError(
-            "--phase direct measures the pretrained network as it is: no --head, --pool."
+            "--phase direct measures the pretrained network as it is: no --head, --pool, --outputs."
         )
     network = build_model(spec)
     load_weights(network, weights, with_head=direct)
@@ -107,6 +112,22 @@ def start_from_weights(
         "weights": {"source": weights.source, "sha256": weights.sha256},
     }
     return Start(network, spec, preprocess, classes, 0, origin)
+
+
+def with_unused(classes: tuple[str, ...], outputs: int | None) -> tuple[str, ...]:
+    """A name for each output: those of the classes, then "unused 43" and so on for outputs that no
+    photo asks for. Raises ThawError where there are too few outputs, or a class has such a name."""
+    if outputs is None:
+        return classes
+    if outputs < len(classes):
+        raise ThawError(f"--outputs {outputs}: the data has {len(classes)} classes.")
+    unused = tuple(f"unused {number}" for number in range(len(classes), outputs))
+    if both := set(unused) & set(classes):
+        raise ThawError(
+            f"--outputs {outputs}: an output without a class would have the name of the class "
+            f"{min(both)}. Rename its folder."
+        )
+    return classes + unused
 
 
 def _pretrained_classes(arch: str, weights: Pretrained, photos: Photos) -> tuple[str, ...]:
@@ -140,14 +161,22 @@ def adopt(config: Config, parent: Run) -> Config:
             "transfer run, or give another --from."
         )
     theirs = parent.info.get("model", {})
-    for flag, ours, key in (
-        ("--arch", config.arch, "arch"),
-        ("--pool", config.pool, "pool"),
-        ("--head", None if config.head is None else list(config.head), "head"),
+    preprocess = parent.info.get("preprocess", {})
+    for flag, ours, key, value in (
+        ("--arch", config.arch, "arch", theirs.get("arch")),
+        ("--pool", config.pool, "pool", theirs.get("pool")),
+        (
+            "--head",
+            None if config.head is None else list(config.head),
+            "head",
+            theirs.get("head"),
+        ),
+        ("--size", config.size, "size", preprocess.get("crop")),
+        ("--outputs", config.outputs, "outputs", theirs.get("num_classes")),
     ):
-        if ours is not None and ours != theirs.get(key):
+        if ours is not None and ours != value:
             raise CheckpointError(
-                f"{flag} {ours}: run {parent.run_id} has {key} {theirs.get(key)}. Leave the flag "
+                f"{flag} {ours}: run {parent.run_id} has {key} {value}. Leave the flag "
                 "away, or train a transfer run of your own with it."
             )
     config = dataclasses.replace(config, arch=theirs.get("arch"))
@@ -159,13 +188,15 @@ def _adopt_data(config: Config, parent: Run) -> Config:
     dataset = parent.info.get("dataset", {})
     given = parent.info.get("config", {})
     split_file = config.split_file or given.get("split_file")
+    exclude_file = config.exclude_file or given.get("exclude_file")
     return dataclasses.replace(
         config,
         data=SAMPLE if dataset.get("name") == SAMPLE else dataset.get("root"),
         split_file=None if split_file is None else Path(split_file),
+        exclude_file=None if exclude_file is None else Path(exclude_file),
         **{
             name: given.get(name, value)
-            for name in ("split_seed", "val_fraction", "limit")
+            for name in ("split_seed", "val_fraction", "limit", "group_by")
             if (value := getattr(config, name)) == _field_default(name)
         },
     )
@@ -178,7 +209,7 @@ def _field_default(name: str) -> Any:
 def newest_parent(config: Config, fingerprint: str) -> Run | None:
     """The newest finished transfer run of the photos with this fingerprint and the architecture.
 
-    Head, pooling and weights count only where they were asked for.
+    Head, pooling, outputs and weights count only where they were asked for.
     """
     candidates = [
         run
@@ -199,11 +230,17 @@ def newest_parent(config: Config, fingerprint: str) -> Run | None:
 
 def _is_as_asked(config: Config, run: Run) -> bool:
     model = run.info.get("model", {})
+    arch = config.arch or DEFAULT_ARCH
     wanted = {
-        "arch": config.arch or DEFAULT_ARCH,
+        "arch": arch,
         "pool": config.pool,
         "head": None if config.head is None else list(config.head),
+        "num_classes": config.outputs,
     }
+    # The photos are there already, in this size.
+    size = choose_preprocess(arch, config.size).crop
+    if run.info.get("preprocess", {}).get("crop") != size:
+        return False
     same_weights = config.weights in (IMAGENET, run.info.get("config", {}).get("weights"))
     return same_weights and all(v is None or model.get(k) == v for k, v in wanted.items())
 
@@ -216,7 +253,8 @@ def start_from_run(config: Config, parent: Run, photos: Photos) -> Start:
         )
     path = parent.checkpoint(f"{parent.phase}-last")
     checkpoint = load_checkpoint(path)
-    if checkpoint.classes != photos.classes:
+    outputs = max(len(checkpoint.classes), len(photos.classes))
+    if checkpoint.classes != with_unused(photos.classes, outputs):
         raise CheckpointError(
             f"Run {parent.run_id} was trained on the classes {_shown(checkpoint.classes)}; "
             f"{photos.listing.root} holds {_shown(photos.classes)}. Use the data it was trained on,"

@@ -87,6 +87,11 @@ def _sweep(request: Request, engine: Engine) -> int:
 
 
 def _train_all(request: Request, engine: Engine) -> int:
+    return _status(train_all(request, engine)[1].values())
+
+
+def train_all(request: Request, engine: Engine) -> tuple[Plan, dict[int, Run]]:
+    """Train what is not done yet and print the ranking; the runs are by index in the plan."""
     whole = plan(request, _parent(request, engine))
     print(f"Sweep {inert(whole.name)}: {_extent(whole)}")
     known = {} if request.again else earlier(whole)
@@ -95,7 +100,7 @@ def _train_all(request: Request, engine: Engine) -> int:
         print(_already(whole, done))
     runs = done | _train(whole, known, engine)
     print(ranking(whole, runs))
-    return _status(runs.values())
+    return whole, runs
 
 
 @contextlib.contextmanager

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from trainer.cache import say
-from trainer.config import Config
+from trainer.config import Config, ConfigError
 from trainer.data import Photos
 from trainer.environment import choose_device, describe
 from trainer.frozen import Engine, Source, Work, prepare
-from trainer.loop import DivergedError, TrainingResult, evaluate, train_epoch
+from trainer.loop import DivergedError, TrainingResult, evaluate, objective_of, train_epoch
 from trainer.model import freeze, unfreeze, unfreeze_everything, unfreeze_head
-from trainer.phase import Part, PhaseRun
+from trainer.phase import Part, PhaseRun, Stage
 from trainer.prefix import Trace, trace
 from trainer.progress import Progress
 from trainer.resume import Resume
@@ -59,13 +59,13 @@ def train_together(
     config, start = members[0].config, members[0].start
     device = choose_device(config.device)
     start.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    traced = _trace(config, start, device)
+    traced = trace_of(config, start, device)
     parts = _parts([*(m.config for m in members), *beside], start.network, traced)
     runs: list[PhaseRun] = []
     try:
         for member, part in zip(members, parts, strict=False):
             runs.append(_open_run(member, part, photos, device))
-        engine = _engine(config, start, photos, device, traced, parts)
+        engine = engine_of(config, start, photos, device, traced, parts)
         for run in runs:
             run.writer.update(engine=engine.to_dict())
         _announce(runs, photos, device)
@@ -81,7 +81,8 @@ def train_together(
     return runs
 
 
-def _trace(config: Config, start: Start, device: torch.device) -> Trace | None:
+def trace_of(config: Config, start: Start, device: torch.device) -> Trace | None:
+    """The network's graph, where a part of it is frozen and it can be traced."""
     if config.phase in ("direct", "scratch"):
         return None  # one evaluation has nothing to save, and from scratch nothing is frozen
     side = start.preprocess.crop
@@ -90,36 +91,52 @@ def _trace(config: Config, start: Start, device: torch.device) -> Trace | None:
 
 def _parts(configs: Sequence[Config], network: nn.Module, traced: Trace | None) -> list[Part]:
     """For each config its part; cut once for those that unfreeze the same."""
-    known: dict[tuple[str, str], Part] = {}
+    known: dict[tuple[str, str, str | None], Part] = {}
     for config in configs:
-        which = config.phase, config.unfreeze
+        which = config.phase, config.unfreeze, config.gradual
         known[which] = known.get(which) or part_of(config, network, traced)
-    return [known[config.phase, config.unfreeze] for config in configs]
+    return [known[config.phase, config.unfreeze, config.gradual] for config in configs]
 
 
 def part_of(config: Config, network: nn.Module, traced: Trace | None) -> Part:
-    """Freeze the network as `config` says; what trains then."""
+    """Freeze the network as `config` says; what trains then. Raises ThawError."""
     match config.phase:
         case "transfer":
             unfreeze_head(network)
         case "finetune":
-            unfreeze(network, config.unfreeze)
+            return Part.of(network, traced, _stages(config, network))
         case "scratch":
             unfreeze_everything(network)
         case "direct":
             freeze(network)
-    return Part.of(network, traced)
+    return Part.of(network, traced, [Stage.of(network)])
+
+
+def _stages(config: Config, network: nn.Module) -> list[Stage]:
+    """What a finetune phase frees, one after the other; the network is left in the last of them."""
+    found: list[Stage] = []
+    for after, which in config.stages:
+        unfreeze(network, which)
+        stage = Stage.of(network, after)
+        if found and not set(stage.unfrozen) > set(found[-1].unfrozen):
+            raise ConfigError(
+                f"--gradual {config.gradual}: {which} frees nothing that is not free before it. "
+                "Give more layers from one to the next, and fewer to --unfreeze."
+            )
+        found.append(stage)
+    return found
 
 
 def _open_run(member: Member, part: Part, photos: Photos, device: torch.device) -> PhaseRun:
     config, start, resume = member.config, member.start, member.resume
+    objective = objective_of(config, photos.train.labels, len(start.classes), device)
     if resume is not None:
         writer = RunWriter.reopen(resume.run, resume.checkpoint.epoch)
         writer.update(environment=describe(device))
-        return PhaseRun(config, start, writer, part, photos.val, device, resume)
+        return PhaseRun(config, start, writer, part, objective, photos.val, device, resume)
     writer = RunWriter.create(config.runs_dir, config.run_name or _name(config), {})
     writer.update(
-        recipe=None,
+        recipe=config.recipe,
         config=config.to_dict(),
         model=start.spec.to_dict(),
         classes=list(start.classes),
@@ -129,7 +146,7 @@ def _open_run(member: Member, part: Part, photos: Photos, device: torch.device) 
         **start.origin,
         **member.extra,
     )
-    return PhaseRun(config, start, writer, part, photos.val, device)
+    return PhaseRun(config, start, writer, part, objective, photos.val, device)
 
 
 def _name(config: Config) -> str:
@@ -138,7 +155,7 @@ def _name(config: Config) -> str:
     return config.phase if config.parent is None else f"{config.phase}-further"
 
 
-def _engine(
+def engine_of(
     config: Config,
     start: Start,
     photos: Photos,
@@ -146,6 +163,7 @@ def _engine(
     traced: Trace | None,
     parts: Sequence[Part],
 ) -> Engine:
+    """What turns these photos into what the parts start from."""
     views = config.distinct_views or config.epochs
     repeated = min(views, config.epochs) if config.augmentation.active else 1
     few = np.arange(min(config.batch_size, len(photos.train)))
@@ -191,7 +209,7 @@ def _announce(runs: Sequence[PhaseRun], photos: Photos, device: torch.device) ->
     )
     first = runs[0]
     if len(runs) == 1:
-        what = f"{first.config.phase}: {seen}, {first.part.params:,} parameters train"
+        what = f"{first.config.phase}: {seen}, {first.stage.params:,} parameters train"
         where = first.writer.path
     else:
         what, where = f"{len(runs)} runs on {seen}", first.config.runs_dir

@@ -1,10 +1,13 @@
-"""Pretrained weights: torchvision's or timm's own, a file, or none; never random in silence."""
+"""Pretrained weights: torchvision's, timm's or Keras's own, a file, or none; never random in
+silence."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +16,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from trainer.model import TIMM_PREFIX, ModelSpec, build_model, head_name
+from trainer import keras_weights
+from trainer.cnn10 import SIDE
+from trainer.model import CNN10, NASNET, TIMM_PREFIX, ModelSpec, build_model, head_name
 from trainer.schema import Preprocess, ThawError
 
 IMAGENET: Final = "imagenet"
@@ -41,9 +46,18 @@ def find_weights(arch: str, weights: str) -> Pretrained:
     if weights == NONE:
         return Pretrained("random weights", None, None)
     if weights != IMAGENET:
-        return _from_file(Path(weights).expanduser())
+        path = Path(weights).expanduser()
+        is_keras = path.suffix.lower() in keras_weights.SUFFIXES
+        return _from_keras(path, arch) if is_keras else _from_file(path)
     if arch == LITE0:
         return _lite0()
+    if arch in keras_weights.PUBLISHED:
+        return _keras_imagenet(arch)
+    if arch == CNN10:
+        raise WeightsError(
+            f"{CNN10} has no ImageNet weights. Use --phase scratch, or --weights none (random "
+            "weights)."
+        )
     if arch.startswith(TIMM_PREFIX):
         return _from_timm(arch.removeprefix(TIMM_PREFIX))
     return _from_torchvision(arch)
@@ -55,7 +69,7 @@ def _from_torchvision(arch: str) -> Pretrained:
     entry = get_model_weights(arch).DEFAULT
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
     try:
-        with _short_timeout():
+        with short_timeout():
             tensors = entry.get_state_dict(progress=True, check_hash=True)
     except Exception as error:  # urllib, ssl, socket, hash and disk errors alike
         raise WeightsError(
@@ -68,7 +82,7 @@ def _from_torchvision(arch: str) -> Pretrained:
 
 
 @contextlib.contextmanager
-def _short_timeout(seconds: float = 20.0) -> Iterator[None]:
+def short_timeout(seconds: float = 20.0) -> Iterator[None]:
     """Behind a firewall a connection hangs; the default is to wait for ever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
@@ -82,7 +96,7 @@ def _from_timm(name: str) -> Pretrained:
     import timm
 
     try:
-        with _short_timeout():
+        with short_timeout():
             tensors = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # the hub client raises kinds of its own, which change
         raise WeightsError(
@@ -90,6 +104,44 @@ def _from_timm(name: str) -> Pretrained:
             "Choose --weights FILE (a state dict) or --weights none (random weights)."
         ) from error
     return Pretrained(f"timm {name}", None, tensors)
+
+
+def _keras_imagenet(arch: str) -> Pretrained:
+    published = keras_weights.PUBLISHED[arch]
+    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
+    try:
+        if not target.exists():
+            _download(published, target)
+        keras_weights.check_md5(target, published.md5)
+    except Exception as error:  # urllib, ssl, socket, hash and disk errors alike
+        raise WeightsError(
+            f"The ImageNet weights of {arch} are not at {target} and cannot be downloaded "
+            f"({error}).\n"
+            f"Download {published.url} elsewhere and put it there, or choose --weights FILE "
+            "(that file, or a state dict) or --weights none (random weights)."
+        ) from error
+    found = _from_keras(target, arch)
+    return dataclasses.replace(found, source=f"ImageNet (Keras, {target.name})")
+
+
+def _download(published: keras_weights.Published, target: Path) -> None:
+    """Whatever happens, `target` is never a part of a file or another file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        part = Path(folder) / target.name
+        with short_timeout():
+            torch.hub.download_url_to_file(published.url, str(part))
+        keras_weights.check_md5(part, published.md5)
+        part.replace(target)
+
+
+def _from_keras(path: Path, arch: str) -> Pretrained:
+    try:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise WeightsError(f"--weights {path}: {error.strerror}.") from error
+    network = build_model(ModelSpec(arch, 1000))
+    return Pretrained(str(path), sha256, keras_weights.read_keras(path, arch, network))
 
 
 def _lite0() -> Pretrained:
@@ -176,10 +228,21 @@ def load_weights(network: nn.Module, weights: Pretrained, *, with_head: bool) ->
         tensor.copy_(given)
 
 
+def choose_preprocess(arch: str, size: int | None) -> Preprocess:
+    """What `default_preprocess` says, or photos of `size` x `size` pixels: as much of the photo as
+    a square can hold, where that by default is less."""
+    preprocess = default_preprocess(arch)
+    return preprocess if size is None else dataclasses.replace(preprocess, resize=size, crop=size)
+
+
 def default_preprocess(arch: str) -> Preprocess:
     """The preprocessing that the pretrained weights of `arch` were trained with."""
     if arch.startswith(TIMM_PREFIX):
         return _timm_preprocess(arch.removeprefix(TIMM_PREFIX))
+    if arch == NASNET:
+        return Preprocess(mean=_HALF, std=_HALF)  # -1..1
+    if arch == CNN10:
+        return Preprocess(SIDE, SIDE, mean=_HALF, std=_HALF)
     from torchvision.models import get_model_weights
 
     transforms = get_model_weights(arch).DEFAULT.transforms()
@@ -190,6 +253,9 @@ def default_preprocess(arch: str) -> Preprocess:
         mean=tuple(transforms.mean),
         std=tuple(transforms.std),
     )
+
+
+_HALF: Final = (0.5, 0.5, 0.5)
 
 
 def _timm_preprocess(name: str) -> Preprocess:

@@ -13,6 +13,7 @@ import streamlit as st
 
 from explorer.compare import resolution, summaries, table
 from explorer.data import Snapshot
+from explorer.lr_charts import rate_curve, rate_tests, suggestion
 from explorer.pages import parts
 from explorer.sweep import Section, Split, measure, section
 from explorer.sweep_charts import CELL, heatmap, parallel, schedule_curves, schedule_dots
@@ -33,6 +34,7 @@ def page() -> None:
         parts.live(snapshot, _live, group.id, *_choose_view(snapshot, group))
     else:
         _no_groups()
+    _rate_tests()
     parts.problems(snapshot)
 
 
@@ -44,6 +46,33 @@ def _no_groups() -> None:
     folder = parts.runs_dir()
     where = "" if folder == Path("runs") else f" --runs-dir {shlex.quote(str(folder))}"
     st.code(f"python -m trainer sweep --lr 1e-6 1e-5 1e-4 --unfreeze 10 20{where}", language="bash")
+
+
+def _rate_tests() -> None:
+    """What the learning-rate finder measured, where it has been used."""
+    found = rate_tests(parts.runs_dir())
+    if not found:
+        return
+    st.subheader("Learning-rate finder", anchor=False)
+    start, lost = parts.remembered("rates", list(found), list(found)[:1])
+    st.session_state["rates"] = (start or list(found))[0]
+    name = st.selectbox("Test", list(found), key="rates", persist_state="session")
+    st.query_params["rates"] = name
+    if lost:
+        st.caption("The test of this link is not in the runs folder any more.")
+    test = found[name]
+    st.html(f'<div class="thaw-small">{escape(test.about)}</div>')
+    parts.chart(
+        rate_curve(test),
+        "rates-curve",
+        f"Line chart of the training loss over a learning rate that grows with every batch, from "
+        f"{test.frame['rate'].iloc[0]:.1e} to {test.frame['rate'].iloc[-1]:.1e}. "
+        f"{suggestion(test)}",
+    )
+    st.caption(
+        f"{suggestion(test)} A thick line is the smoothed loss, the thin one that of each batch. "
+        "One short test on few batches: compare a few rates around these in a sweep."
+    )
 
 
 def _choose_group(found: Sequence[Group]) -> Group:
