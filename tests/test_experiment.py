@@ -141,6 +141,15 @@ def test_a_wrong_recipe_is_refused(tmp_path: Path, text: str, message: str) -> N
         read_experiment(write(tmp_path / "r.toml", text))
 
 
+def test_random_weights_stay_random_whatever_is_chosen_for_all() -> None:
+    chosen = packaged()["oregon-scratch-vs-transfer"].with_settings({"weights": "f.pth"})
+    assert [stage.settings.get("weights") for stage in chosen.stages] == ["none", "f.pth"]
+    (cnn10, direct, *_) = (
+        packaged()["signs-transfer-modes"].with_settings({"arch": "resnet18"}).stages
+    )
+    assert (cnn10.settings["arch"], direct.settings["arch"]) == ("cnn10", "resnet18")
+
+
 def test_an_unknown_recipe_names_the_known_ones() -> None:
     with pytest.raises(ExperimentError, match="oregon-transfer"):
         find_experiment("oregon")

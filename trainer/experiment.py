@@ -26,7 +26,7 @@ import argparse
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -61,12 +61,14 @@ class Published:
 @dataclass(frozen=True)
 class Stage:
     """One training, or one sweep. `settings` by their names in Config, tuples where a sweep may
-    vary them; `parent` is the stage to start from."""
+    vary them; `fixed` names those that a user's choice for all stages leaves alone; `parent` is the
+    stage to start from."""
 
     name: str
     settings: Mapping[str, Any]
     parent: str | None = None
     published: tuple[Published, ...] = ()
+    fixed: frozenset[str] = frozenset()
 
     @property
     def is_sweep(self) -> bool:
@@ -90,16 +92,13 @@ class Experiment:
         """All stages with these settings instead of their own. What was published belongs to all of
         the recipe's own data, and is left out for other data or a part of it."""
         other = not given.keys().isdisjoint(("data", "limit"))
-        stages = tuple(
-            Stage(
-                stage.name,
-                {**stage.settings, **given},
-                stage.parent,
-                () if other else stage.published,
-            )
-            for stage in self.stages
-        )
-        return Experiment(self.name, self.title, self.needs, self.takes, stages)
+
+        def changed(stage: Stage) -> Stage:
+            chosen = {name: value for name, value in given.items() if name not in stage.fixed}
+            published = () if other else stage.published
+            return replace(stage, settings={**stage.settings, **chosen}, published=published)
+
+        return replace(self, stages=tuple(map(changed, self.stages)))
 
 
 def packaged() -> dict[str, Experiment]:
@@ -158,7 +157,9 @@ def _stage(
         )
     own = {key: value for key, value in table.items() if key not in _OWN}
     settings = dict(_settings(path, {**common, **own}, parser))
-    return Stage(name, settings, parent, tuple(_published(path, name, table, parser)))
+    # A stage with random weights, or with a network of its own, is about these.
+    fixed = frozenset(own) & {"arch", "weights"}
+    return Stage(name, settings, parent, tuple(_published(path, name, table, parser)), fixed)
 
 
 def _settings(
