@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from explorer.data import Snapshot
+from trainer.controls import control_of, controls_by_parent
 from trainer.evidence import (
     Evidence,
     EvidenceError,
@@ -32,41 +33,15 @@ class Findings:
 def findings(snapshot: Snapshot, selected: Iterable[str]) -> dict[str, Findings]:
     """Of the finetune runs among the selected ones, by run id."""
     runs = [snapshot.runs[name] for name in selected if name in snapshot.runs]
-    controls = _controls(snapshot)
+    controls = controls_by_parent(snapshot.runs.values())
     return {
         run.run_id: Findings(
             _between(run.predictions("before"), run.predictions("after")),
-            None if (other := _fitting(controls, run)) is None else _against(other, run),
+            None if (other := control_of(run, controls)) is None else _against(other, run),
         )
         for run in runs
         if run.phase == "finetune"
     }
-
-
-def control_of(snapshot: Snapshot, run: Run) -> Run | None:
-    """The newest run that trained the same head further, as long and on the same views, with
-    everything else still frozen."""
-    return _fitting(_controls(snapshot), run)
-
-
-def _controls(snapshot: Snapshot) -> dict[str, list[Run]]:
-    """The runs that can be a control, newest first, by the parent that they go on from."""
-    controls: dict[str, list[Run]] = {}
-    for run in reversed(list(snapshot.runs.values())):
-        if run.parent_run_id is not None and run.phase == "transfer" and run.status == "done":
-            controls.setdefault(run.parent_run_id, []).append(run)
-    return controls
-
-
-def _fitting(controls: Mapping[str, Sequence[Run]], run: Run) -> Run | None:
-    alike = controls.get(run.parent_run_id or "", ())
-    return next((other for other in alike if _conditions(other) == _conditions(run)), None)
-
-
-def _conditions(run: Run) -> tuple[object, ...]:
-    config, dataset = run.info.get("config", {}), run.info.get("dataset", {})
-    same = (config.get(name) for name in ("epochs", "batch_size", "augmentation", "views", "seed"))
-    return (dataset.get("fingerprint"), *same)
 
 
 def _against(control: Run, run: Run) -> Evidence | str | None:

@@ -16,7 +16,6 @@ from typing import Any, Final, Literal, get_args
 
 from explorer.compare import Summary, summarise
 from explorer.data import Snapshot, is_control
-from explorer.evidence import control_of
 from explorer.pooled import Pair, pooled
 from explorer.settings import (
     SETTINGS,
@@ -28,6 +27,7 @@ from explorer.settings import (
     settings,
 )
 from trainer.config import ScheduleName
+from trainer.controls import control_of, controls_by_parent
 from trainer.evidence import Evidence, holm
 from trainer.grid import word
 from trainer.ranking import reason
@@ -168,17 +168,17 @@ class Member:
 def members(snapshot: Snapshot, run_ids: Iterable[str]) -> list[Member]:
     """The runs of a group; those that are controls or not there are left out."""
     # Only these can be a control, and there are few.
-    few = Snapshot({name: run for name, run in snapshot.runs.items() if is_control(run)})
+    controls = controls_by_parent(run for run in snapshot.runs.values() if is_control(run))
     runs = [snapshot.runs[name] for name in run_ids if name in snapshot.runs]
     return [
-        member_of(run, snapshot.labels[run.run_id], control_of(few, run))
+        member_of(run, snapshot.labels[run.run_id], control_of(run, controls))
         for run in runs
         if not is_control(run)
     ]
 
 
 def member_of(run: Run, label: str, control: Run | None) -> Member:
-    """One run with its settings; `control` as explorer.evidence.control_of finds it."""
+    """One run with its settings; `control` as trainer.controls.control_of finds it."""
     return Member(
         run=run,
         summary=summarise(run, label),

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.card_markdown import finite, last_name
+from trainer.controls import control_of, controls_by_parent
 from trainer.evidence import (
     EvidenceError,
     Predictions,
@@ -131,7 +132,7 @@ def gather(run: Run, exported: Exported, runs: Sequence[Run], written: float) ->
         exported=exported,
         written=written,
         lineage=tuple(lineage),
-        control=_control(run, runs) if unfrozen else None,
+        control=control_of(run, controls_by_parent(runs)) if unfrozen else None,
         before=_network(run, exported, "before") if unfrozen else None,
         after=_network(run, exported, "after"),
     )
@@ -169,21 +170,6 @@ def load_answers(path: Path, outputs: int) -> Answers | None:
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     said = Predictions(files, labels, logits.argmax(axis=1))
     return Answers(said, 1 / np.exp(shifted).sum(axis=1))
-
-
-def _control(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The one that explorer.evidence.control_of finds."""
-    for other in reversed(runs):
-        beside = other.parent_run_id is not None and other.parent_run_id == run.parent_run_id
-        done = other.phase == "transfer" and other.status == "done"
-        if beside and done and _conditions(other) == _conditions(run):
-            return other
-    return None
-
-
-def _conditions(run: Run) -> tuple[object, ...]:
-    names = ("epochs", "batch_size", "augmentation", "views", "seed")
-    return (stated(run, "dataset", "fingerprint"), *(stated(run, "config", name) for name in names))
 
 
 def stated(run: Run, *path: str) -> Any:

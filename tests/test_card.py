@@ -22,8 +22,6 @@ from huggingface_hub import ModelCard  # comes with timm
 
 from explorer.calibration import calibration
 from explorer.changed import load_scored
-from explorer.data import Library
-from explorer.evidence import control_of
 from export.card import CardError, card_path, model_card, write_card
 from export.classifier import Classifier
 from export.metadata import file_name
@@ -32,6 +30,7 @@ from export.to_onnx import Exported, export_run
 from tests.explorer_runs import write_run, write_trunk
 from tests.test_export import make_run
 from trainer.cli import inert
+from trainer.controls import control_of, controls_by_parent
 from trainer.evidence import compare, load_predictions, points, sentence
 from trainer.runlog import Run, list_runs, read_run
 
@@ -214,13 +213,13 @@ def test_intervals_and_calibration_are_those_of_others(
         assert page.row("Calibration error")[column] == f"{error:.1%}"
 
 
-def test_the_control_is_that_of_the_explorer(real: tuple[Run, Exported], tmp_path: Path) -> None:
+def test_the_control_is_named(real: tuple[Run, Exported], tmp_path: Path) -> None:
     run = finetune(tmp_path)
     shared = {"classes": CLASSES, "parent_run_id": run.parent_run_id}
     for name, config in (("newer", CONTROLLED), ("another", CONTROLLED | {"seed": 1})):
         beside = write_run(tmp_path, name, (0.8, 0.8, 0.8), config=config, **shared)
         save_answers(beside.path / "predictions" / "after.npz", {30, 31})
-    control = control_of(Library(tmp_path).snapshot(), run)
+    control = control_of(run, controls_by_parent(list_runs(tmp_path)))
     assert control is not None
     assert control.run_id.endswith("newer")
     answers = [load_predictions(one.predictions("after")) for one in (control, run)]

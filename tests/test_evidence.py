@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from explorer.data import Library
-from explorer.evidence import control_of, evidence_lines, findings
+from explorer.evidence import evidence_lines, findings
 from tests.explorer_runs import write_run, write_trunk
+from trainer.controls import control_of, controls_by_parent
 from trainer.evidence import (
     Evidence,
     EvidenceError,
@@ -231,7 +232,7 @@ def test_runs_are_held_against_boundary_and_control(tmp_path: Path) -> None:
     assert against.endswith("fixed 1, broke 0: no evidence of a difference (p = 1).")
     assert "fixed 1, broke 1: no evidence" in lines[weak][0]
     assert len(lines[alone]) == 1
-    assert control_of(snapshot, snapshot.runs[alone]) is None
+    assert control_of(snapshot.runs[alone], controls_by_parent(snapshot.runs.values())) is None
 
 
 def test_the_newest_control_of_the_same_parent_and_settings_counts(tmp_path: Path) -> None:
@@ -247,7 +248,7 @@ def test_the_newest_control_of_the_same_parent_and_settings_counts(tmp_path: Pat
     control("other-seed", parent, seed=1)
     control("unfinished", parent, done=False)
     snapshot = Library(tmp_path).snapshot()
-    found = control_of(snapshot, snapshot.runs[run])
+    found = control_of(snapshot.runs[run], controls_by_parent(snapshot.runs.values()))
     assert found is not None
     assert found.run_id == newer != older
 

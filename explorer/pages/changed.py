@@ -37,10 +37,10 @@ from explorer.changed_charts import (
     reliability_chart,
 )
 from explorer.data import Snapshot
-from explorer.evidence import control_of
 from explorer.gallery import Outcome, chosen_photos, photo_path, photo_table, small_jpeg
 from explorer.pages import parts
 from explorer.render import printable
+from trainer.controls import control_of, controls_by_parent
 from trainer.evidence import EvidenceError
 from trainer.preprocess import PhotoError
 from trainer.runlog import Run, Stamp, stamp
@@ -113,7 +113,7 @@ def _change(snapshot: Snapshot, run: Run, control: bool) -> Change | None:
         return None
     before = run.predictions("before")
     if control:
-        other = control_of(snapshot, run)
+        other = control_of(run, controls_by_parent(snapshot.runs.values()))
         if other is None:
             st.info(
                 "This run has no control: a run that trained the head further, as long and on the "
