@@ -247,16 +247,22 @@ def _boundary(frame: pd.DataFrame, metric: Metric, axis: Axis) -> list[alt.Chart
         fontSize=12,
         clip=True,
     ).encode(alt.YValue(alt.expr("height") if low else 0), alt.Text("text:N"))
-    return [band, rule, text, *_inner_boundaries(frame, axis)]
+    return [band, rule, text, *_inner_boundaries(frame, axis, low)]
 
 
-def _inner_boundaries(frame: pd.DataFrame, axis: Axis) -> list[alt.Chart]:
+def _inner_boundaries(frame: pd.DataFrame, axis: Axis, low: bool) -> list[alt.Chart]:
     base = alt.Chart(inner_boundaries(frame, axis)).encode(alt.X("start:Q"))
     rule = base.mark_rule(color=_BAND_COLOUR, strokeWidth=0.75, strokeDash=[4, 3], clip=True)
-    # Along the rule, since several can be close together.
+    # Along the rule, since several can be close together, and clear of the boundary's own text.
     text = base.mark_text(
-        color=NOTE_COLOUR, angle=270, align="right", baseline="top", dx=-5, dy=4, fontSize=10
-    ).encode(alt.YValue(0), alt.Text("text:N"))
+        color=NOTE_COLOUR,
+        angle=270,
+        align="left" if low else "right",
+        baseline="top",
+        dx=24 if low else -24,
+        dy=4,
+        fontSize=10,
+    ).encode(alt.YValue(alt.expr("height") if low else 0), alt.Text("text:N"))
     return [rule, text]
 
 
