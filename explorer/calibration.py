@@ -8,8 +8,8 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from explorer.changed import FEW, Change, Names, Scored
-from trainer.evidence import points
+from explorer.changed import Change, Names, Scored
+from trainer.evidence import FEW, points
 
 BINS: Final = 10
 _Z95: Final = 1.959964  # a normal distribution lies within this many sigma to 95%

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from explorer.render import printable
 from trainer.evidence import (
+    FEW,
     SIGNIFICANT,
     Evidence,
     EvidenceError,
@@ -33,7 +34,6 @@ from trainer.runlog import Stamp, stamp
 
 Names = tuple[str, str]  # what the two networks are, such as ("Before unfreezing", ...)
 
-FEW: Final = 30  # photos; a share of fewer says little
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -9,7 +9,6 @@ import platform
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +19,7 @@ from export.bench_files import ModelFile
 from export.gpu import gpu_name
 from export.timing import BenchError, LeftOut, Measured, Row
 from trainer.cli import inert
-from trainer.process import usable_cores
+from trainer.process import cpu_name, usable_cores, version_of
 from trainer.runlog import (
     write_atomically,
 )
@@ -47,32 +46,17 @@ def description(files: Sequence[ModelFile], args: argparse.Namespace) -> dict[st
         "arch": about.arch,
         "classes": len(about.classes),
         "side": about.preprocess.crop,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": usable_cores(),
         "threads": args.threads,
         "gpu": None if args.device == "cpu" else gpu_name(),
         "versions": {"thaw": trainer.__version__, "python": platform.python_version()}
         | {"onnxruntime": str(ort.__version__)}
-        | {name: found for name in _PACKAGES if (found := _version(name))},
+        | {name: found for name in _PACKAGES if (found := version_of(name))},
         "batches": sorted({1, *args.batches}),
         "seconds": args.seconds,
         "rounds": args.rounds,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def head(about: dict[str, Any]) -> Iterator[str]:

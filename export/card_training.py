@@ -23,12 +23,12 @@ from export.card_markdown import (
     shown,
     table,
 )
+from trainer.evidence import FEW
 from trainer.runlog import Run
 
 if TYPE_CHECKING:
     pass
 
-FEW: Final = 30  # photos; a share of fewer says little
 _UNEVEN: Final = 2  # times as many photos in the largest class as in the smallest
 _PHASES: Final = {
     "direct": "the pretrained network as it is, not trained",

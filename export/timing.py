@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -17,6 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from trainer.preprocess import Photo
+from trainer.process import hushed
 from trainer.schema import ThawError
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32)
@@ -177,7 +175,7 @@ def _warm_up(
 ) -> tuple[list[_Warm], list[LeftOut]]:
     warm: list[_Warm] = []
     left_out: list[LeftOut] = []
-    with _bar("loading", len(candidates)) as bar, _hushed():
+    with _bar("loading", len(candidates)) as bar, hushed():
         for candidate in candidates:
             bar.set_postfix_str(f"{candidate.engine}, {candidate.device}")
             one, problem = _first_calls(candidate, photos, sizes, clock)
@@ -254,19 +252,6 @@ def _cell(batch: int, first_seconds: float, rounds: Sequence[Sequence[float]]) -
         tuple(1000 * float(np.percentile(taken, 50)) for taken in rounds),
         tuple(1000 * float(np.percentile(taken, 99)) for taken in rounds),
     )
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Keep the compilers' commentary off the screen; what fails is raised all the same."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +35,7 @@ from export.session import open_session
 from trainer.checkpoint import Checkpoint, load_model
 from trainer.model import TIMM_PREFIX, InputNormalize
 from trainer.preprocess import Photo
+from trainer.process import hushed
 from trainer.runlog import Run, checkpoint_path, write_atomically
 from trainer.schema import MODEL_ONNX, PARITY_JSON, Preprocess, ThawError
 
@@ -144,7 +142,7 @@ def convert(
     # strides of each pooling into the graph, as computations on shapes that keep it off a GPU.
     example = torch.zeros(2, 3, side, side, dtype=torch.uint8).permute(0, 2, 3, 1)
     try:
-        with _quietly():
+        with hushed():
             program = torch.onnx.export(
                 classifier,
                 (example,),
@@ -272,16 +270,3 @@ def _write(path: Path, content: bytes) -> None:
         write_atomically(path, content)
     except OSError as error:
         raise ExportError(f"Cannot write {path}: {error.strerror}.") from error
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep the exporter's running commentary off the screen; what fails is raised all the same."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -7,7 +7,6 @@ import platform
 import resource
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ import torch
 
 import trainer
 from trainer.config import DeviceName
+from trainer.process import cpu_name, version_of
 from trainer.schema import ThawError
 
 _PACKAGES: Final = ("torch", "torchvision", "timm", "numpy", "pillow")
@@ -35,10 +35,10 @@ def describe(device: torch.device) -> dict[str, Any]:
     """The "environment" of run.json."""
     return {
         "versions": {"thaw": trainer.__version__, "python": platform.python_version()}
-        | {p: _version(p) for p in _PACKAGES}
-        | {"onnxruntime": _version("onnxruntime-gpu") or _version("onnxruntime")},
+        | {p: version_of(p) for p in _PACKAGES}
+        | {"onnxruntime": version_of("onnxruntime-gpu") or version_of("onnxruntime")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu": _cpu(),
+        "cpu": f"{cpu_name()} ({os.cpu_count()} cores)",
         "threads": torch.get_num_threads(),
         "git": _commit(),
     }
@@ -50,22 +50,6 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model} ({os.cpu_count()} cores)"
 
 
 def _commit() -> str | None:

@@ -18,6 +18,7 @@ from trainer.schema import ThawError
 
 _CONFIDENCE: Final = 0.95
 SIGNIFICANT: Final = 1 - _CONFIDENCE
+FEW: Final = 30  # photos; a share of fewer says little
 
 
 class EvidenceError(ThawError):

@@ -1,4 +1,5 @@
-"""What a process that computes on the CPU needs: memory that stays, and a thread for each core.
+"""What a process that computes on the CPU needs: memory that stays, a thread for each core, a quiet
+screen; and what it runs on.
 
 Imports no torch: it comes first.
 """
@@ -7,10 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import platform
 import sys
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Final
 
@@ -94,3 +99,34 @@ def _gives_huge_pages_on_request() -> bool:
         return platform.libc_ver()[0] == "glibc" and "[madvise]" in _HUGE_PAGES.read_text()
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Keep the commentary of compilers and exporters off the screen; what fails is raised all the
+    same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def cpu_name() -> str:
+    """The processor, such as "AMD EPYC"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def version_of(package: str) -> str | None:
+    """The installed version; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

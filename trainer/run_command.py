@@ -13,7 +13,6 @@ from trainer.cli import guarded, inert
 from trainer.config import Config
 from trainer.experiment import Experiment, Stage, find_experiment
 from trainer.grid import SWEPT, Request, grid
-from trainer.listing import find_photos
 from trainer.process import prepare_process
 from trainer.recipe import build_sweep_parser
 from trainer.results import Row, markdown, row, text, to_csv
@@ -134,10 +133,8 @@ def _alone(settings: dict[str, Any], run_name: str) -> Run:
 
 def _test(run: Run) -> None:
     from trainer.evaluate import test_run
-    from trainer.reproduce import recorded
 
-    listing = find_photos(recorded(run))
-    if any(item.split == "test" for item in listing.items):
+    if run.info["dataset"]["counts"].get("test"):
         tested = test_run(run)
         print(f"Test photos: {tested.accuracy:.2%} of {tested.photos:,}, loss {tested.loss:.4f}")
 
