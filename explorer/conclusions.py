@@ -18,6 +18,7 @@ from trainer.schema import EpochRecord
 MANY: Final = 5  # runs compared at once from which the best of them needs a warning
 _FELL: Final = 0.005
 _WIDENED: Final = 0.02
+_STILL: Final = 1e-4  # by which weights may move, relative to their size, without any effect seen
 _DRAWS: Final = 4_000
 
 
@@ -27,8 +28,46 @@ def flags(run: Run) -> list[str]:
     if run.phase != "finetune" or len(records) < 2 or records[0].phase_epoch != 0:
         return []
     start, *trained = records
-    found = (_dropped(start, trained[0]), _widening(trained), _at_the_edge(run, trained))
+    found = (
+        _hardly_moved(run),
+        _dropped(start, trained[0]),
+        _widening(trained),
+        _at_the_edge(run, trained),
+    )
     return [text for text in found if text]
+
+
+def moved(run: Run) -> tuple[float, float] | None:
+    """How far the unfrozen layers moved, relative to their size, and which fraction of their
+    weights changed at all; None where the run does not say."""
+    said = run.info.get("weight_change")
+    backbone = said.get("backbone") if isinstance(said, Mapping) else None
+    if not isinstance(backbone, Mapping):
+        return None
+    found = [backbone.get(name) for name in ("relative", "changed")]
+    known = [float(v) for v in found if isinstance(v, int | float) and 0 <= v < math.inf]
+    return (known[0], known[1]) if len(known) == 2 else None
+
+
+def _hardly_moved(run: Run) -> str:
+    found = moved(run)
+    if found is None or found[0] >= _STILL:
+        return ""
+    relative, changed = found
+    lost = (
+        f", and {1 - changed:.0%} of them not at all, because float32 rounds such small steps away"
+        if changed < 0.5
+        else ""
+    )
+    return (
+        f"The unfrozen weights moved by {percent(relative)} of their size{lost}: too little to "
+        "help or to harm. Try a learning rate between 1e-5 and 1e-3."
+    )
+
+
+def percent(fraction: float) -> str:
+    """With two digits that count, such as 0.00032% or 4.1%."""
+    return f"{float(f'{100 * fraction:.2g}'):.12f}".rstrip("0").rstrip(".") + "%"
 
 
 def _dropped(start: EpochRecord, first: EpochRecord) -> str:

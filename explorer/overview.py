@@ -16,7 +16,9 @@ from explorer.data import Snapshot
 from explorer.evidence import Findings, findings
 from explorer.settings import OFF, SWITCHES, settings
 from trainer.evidence import Evidence, points
-from trainer.runlog import Run
+from trainer.runlog import Run, RunError, Stamp, stamp
+from trainer.schema import TEST_JSON
+from trainer.tested import read_tested
 
 # Of these, a column that says the same of every run is folded away.
 SETTINGS: Final = (
@@ -38,26 +40,29 @@ SETTINGS: Final = (
 )
 _NOTED: Final = ("Tags", "Note", "Archived")
 # Left out where no run has any.
-_OPTIONAL: Final = (*SETTINGS, "Change", "95% interval", "Memory", *_NOTED)
+_OPTIONAL: Final = (*SETTINGS, "Change", "95% interval", "Test accuracy", "Memory", *_NOTED)
 _COLUMNS: Final = (
-    *("Run", "Phase", "Status", "Best accuracy", "At epoch", "Change", "95% interval", "Curve"),
-    *("Tags", *SETTINGS[2:], "Best loss", "Time", "Memory", "Note", "Archived"),
+    *("Run", "Phase", "Status", "Best accuracy", "At epoch", "Change", "95% interval"),
+    *("Test accuracy", "Curve", "Tags", *SETTINGS[2:]),
+    *("Best loss", "Time", "Memory", "Note", "Archived"),
 )
 NEWEST: Final = "Started"
 SORTS: Final = (
-    *(NEWEST, "Run", "Best accuracy", "At epoch", "Change", "Best loss", "Time", "Memory"),
-    *SETTINGS,
+    *(NEWEST, "Run", "Best accuracy", "At epoch", "Change", "Test accuracy", "Best loss", "Time"),
+    *("Memory", *SETTINGS),
 )
 BOTH: Final = " + "
 
 
 @dataclass(frozen=True)
 class _Row:
-    """What one run says by itself; `compared` where its saved predictions have been looked at."""
+    """What one run says by itself; `compared` where its saved predictions have been looked at,
+    `tested` how its test photos' result was on disk then."""
 
     run: Run
     values: Mapping[str, Any]
     compared: bool
+    tested: Stamp | None
 
 
 class Overview:
@@ -92,15 +97,17 @@ class Overview:
         # In their order: the runs of one control follow each other, and it is read once.
         comparable = [name for name in others if _comparable(snapshot.runs[name])]
         found = findings(snapshot, comparable)
-        return kept | {
-            name: _Row(run := snapshot.runs[name], _values(run, found.get(name)), name in found)
-            for name in others
-        }
+        return kept | {name: _row(snapshot.runs[name], found.get(name)) for name in others}
 
 
 def _holds(snapshot: Snapshot, name: str, row: _Row) -> bool:
-    same = snapshot.runs.get(name) is row.run
+    same = snapshot.runs.get(name) is row.run and stamp(row.run.path / TEST_JSON) == row.tested
     return same and (row.compared or not _comparable(row.run))
+
+
+def _row(run: Run, found: Findings | None) -> _Row:
+    tested = stamp(run.path / TEST_JSON)
+    return _Row(run, _values(run, found), found is not None, tested)
 
 
 def _comparable(run: Run) -> bool:
@@ -138,11 +145,20 @@ def _results(run: Run, found: Findings | None) -> dict[str, Any]:
         "At epoch": row.best_epoch,
         "Change": _percent(row.change),
         "95% interval": f"{points(known.low)} to {points(known.high)}" if known else None,
+        "Test accuracy": _percent(_tested(run)),
         "Best loss": row.best_loss,
         "Time": row.seconds,
         "Memory": max((e.peak_memory_bytes for e in run.epochs), default=0) / 1e6 or None,
         "Curve": [100 * epoch.val_acc for epoch in run.epochs],
     }
+
+
+def _tested(run: Run) -> float | None:
+    try:
+        found = read_tested(run)
+    except RunError:
+        return None
+    return found.accuracy if found is not None else None
 
 
 def _noted(snapshot: Snapshot, name: str) -> dict[str, Any]:

@@ -248,7 +248,9 @@ def _split(card: Card) -> str:
     seed = plain(stated(card.run, "config", "split_seed"))
     if share is None or not seed:
         return ""
-    return f"{share:.0%} of each class to validate on, drawn by chance (split seed {seed})"
+    by_track = stated(card.run, "config", "group_by") == "track"
+    whole = "; all photos of a track on one side" if by_track else ""
+    return f"{share:.0%} of each class to validate on, drawn by chance (split seed {seed}){whole}"
 
 
 def _photo_names(card: Card) -> Sequence[str]:
@@ -306,10 +308,14 @@ def _phase_facts(run: Run, phase: Mapping[str, Any]) -> dict[str, str]:
         else "",
         "Trained layers": _layers(phase, config),
         "Trained parameters": shown(phase.get("trainable_params")),
+        "Freed later": _freed_later(phase),
         "Learning rate": shown(config.get("lr")),
+        "Layer decay": _unless(config.get("layer_decay"), 1),
         "Schedule": _schedule(config.get("schedule")),
         "Optimizer": shown(config.get("optimizer")),
         "Batch size": shown(config.get("batch_size")),
+        "Label smoothing": _unless(config.get("label_smoothing"), 0),
+        "Class weights": _unless(config.get("class_weights"), "off"),
         "Augmentation": _augmentation(config),
         "Seed": plain(config.get("seed")),
     }
@@ -324,6 +330,20 @@ def _layers(phase: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         said = f"{len(names):,} modules, {code(names[0])} to {code(names[-1])}"
     asked = config.get("unfreeze") if names and phase["name"] == "finetune" else None
     return f"{said} ({code(f'--unfreeze {asked}')})" if isinstance(asked, str) else said
+
+
+def _freed_later(phase: Mapping[str, Any]) -> str:
+    """What a gradual phase freed after its first stage, and when."""
+    listed = phase.get("gradual")
+    stages = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
+    return "; ".join(
+        f"after epoch {shown(one.get('epoch'))}: {shown(one.get('trainable_params'))} parameters"
+        for one in stages
+    )
+
+
+def _unless(value: Any, default: float | str) -> str:
+    return "" if value is None or value == default else shown(value)
 
 
 def _schedule(chosen: Any) -> str:

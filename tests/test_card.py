@@ -273,6 +273,32 @@ def test_the_phases_and_their_settings(real: tuple[Run, Exported], tmp_path: Pat
     assert "Weights at the start: `b0.pth`, SHA-256 `abc`." in text
 
 
+def test_what_is_off_by_default_is_named_where_it_was_on(
+    real: tuple[Run, Exported], tmp_path: Path
+) -> None:
+    settings = {
+        "layer_decay": 0.9,
+        "label_smoothing": 0.1,
+        "class_weights": "balanced",
+        "group_by": "track",
+        "val_fraction": 0.3,
+        "split_seed": 0,
+    }
+    run = finetune(tmp_path, config=CONTROLLED | settings)
+    (phase,) = run.info["phases"]
+    later = {"epoch": 5, "unfrozen_layers": ["head", "block"], "trainable_params": 12_345}
+    run.info["phases"] = [{**phase, "gradual": [later]}]
+    page = Page(body(card(run, as_if(real[1], run))))
+    assert page.row("Freed later")[-1] == "after epoch 5: 12,345 parameters"
+    assert page.row("Layer decay")[-1] == "0.9"
+    assert page.row("Label smoothing")[-1] == "0.1"
+    assert page.row("Class weights")[-1] == "balanced"
+    assert page.row("Split")[0].endswith("all photos of a track on one side")
+    off = card(finetune(tmp_path / "off", config=CONTROLLED), real[1])
+    assert "smoothing" not in off
+    assert "Class weights" not in off
+
+
 def test_a_rounded_model_has_an_accuracy_of_its_own(
     real: tuple[Run, Exported], tmp_path: Path
 ) -> None:

@@ -13,8 +13,8 @@ import pytest
 from trainer.__main__ import main
 from trainer.experiment import ExperimentError, find_experiment, packaged, read_experiment
 from trainer.grid import SweepError
-from trainer.results import Row, markdown, to_csv
-from trainer.runlog import RunError, list_runs
+from trainer.results import Entry, Row, data_of, list_tables, markdown, to_csv
+from trainer.runlog import Run, RunError, list_runs
 from trainer.tested import read_tested
 
 RECIPE = """
@@ -90,6 +90,9 @@ def test_a_recipe_runs_tests_once_and_goes_on(
     assert rows[0]["test acc, published"] == "0.5000"
     assert [row["val acc, published"] for row in rows] == ["–", "0.2500", "–", "–", "–"]
     assert "| head |" in (runs_dir / "mine.md").read_text()
+    written, _ = list_tables(runs_dir)
+    assert [one.run_id for one in written["mine"].entries] == [row["run"] for row in rows]
+    assert written["mine"].entries[0].published == {"test_acc": 0.5, "val_loss": 1.5}
     times = [(run.path / "test.json").stat().st_mtime_ns for run in runs]
     assert main(command) == 0
     assert [run.run_id for run in list_runs(runs_dir)] == [run.run_id for run in runs]
@@ -126,6 +129,7 @@ def test_a_run_is_tested_by_itself(
     [
         ("[[stage]", "not valid TOML"),
         ("title = 1\n", "title must be a text"),
+        ("photos = 0\n[[stage]]\nname = 'a'\n", "photos must be a whole number"),
         ("stage = 3", "no \\[\\[stage\\]\\]"),
         ("[[stage]]\nphase = 'transfer'\n", "a name of its own"),
         ("[[stage]]\nname = 'a'\n[[stage]]\nname = 'a'\n", "a name of its own"),
@@ -150,13 +154,43 @@ def test_random_weights_stay_random_whatever_is_chosen_for_all() -> None:
     assert (cnn10.settings["arch"], direct.settings["arch"]) == ("cnn10", "resnet18")
 
 
+def test_runs_say_what_their_data_stands_in_for() -> None:
+    experiment = packaged()["oregon-transfer"]
+    (own,) = experiment.with_settings({"data": "oregon"}).stages
+    (other,) = experiment.with_settings({"data": "/photos/flowers"}).stages
+    assert "stand_in_for" not in own.settings
+    assert other.settings["stand_in_for"] == "oregon"
+    run = Run(Path("x"), {"config": {"stand_in_for": "oregon"}, "dataset": {"name": "flowers"}})
+    assert data_of(run) == "flowers (standing in for oregon)"
+
+
+@pytest.mark.parametrize(
+    ("data", "train", "rejected", "limit", "same"),
+    [
+        ("oregon", 70, 0, None, True),  # by its name, whatever could be read
+        ("/my/wildlife", 8_950, 0, None, True),  # by the number of its photos and classes
+        ("/my/wildlife", 8_949, 1, None, True),
+        ("/my/wildlife", 8_949, 0, None, False),
+        ("oregon", 8_950, 0, 20, False),
+    ],
+)
+def test_published_figures_are_for_the_recipe_s_own_data(
+    data: str, train: int, rejected: int, limit: int | None, same: bool
+) -> None:
+    experiment = packaged()["oregon-transfer"]
+    (stage,) = experiment.stages
+    dataset = {"counts": {"train": train, "val": 3_836}, "rejected": [{}] * rejected}
+    info = {"config": {"data": data, "limit": limit}, "dataset": dataset, "classes": ["c"] * 20}
+    assert bool(experiment.published(stage, Run(Path("x"), info))) == same
+
+
 def test_an_unknown_recipe_names_the_known_ones() -> None:
     with pytest.raises(ExperimentError, match="oregon-transfer"):
         find_experiment("oregon")
 
 
 def test_names_cannot_act_in_the_table() -> None:
-    rows = [Row("a|b<script>", "=1", {"val_acc": 0.5}, {})]
+    rows = [Row(Entry("a|b<script>", "=1", {}), {"val_acc": 0.5})]
     assert "a\\|b&lt;script>" in markdown(rows)
     assert "'=1" in to_csv(rows)
 

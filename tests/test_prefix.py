@@ -32,6 +32,17 @@ def test_b0_is_cut_where_little_crosses_over() -> None:
     assert in_order([pooled, None, *deeper]) == [deeper[0], pooled]
 
 
+def test_small_photos_are_cut_where_training_begins() -> None:
+    """Their activations are small everywhere; the smallest would be a block before what trains."""
+    network = build_model(ModelSpec("efficientnet_b0", 5))
+    traced = Trace(network, EXAMPLE[..., :32, :32])
+    unfreeze(network, "10")
+    found = traced.cut()
+    assert found is not None
+    assert found.at == "features.7.0.block.2.fc2"  # SE-expand, the first of the ten
+    assert found.bytes_per_photo <= 16 * 1024
+
+
 @pytest.mark.parametrize(
     "arch", ["densenet121", "swin_t", "timm:vit_tiny_patch16_224", "googlenet"]
 )

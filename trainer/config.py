@@ -111,7 +111,8 @@ class Config:
     are used in turn; "auto" is exact and says where fewer would be much faster.
     `precision` bf16 lets the frozen part run in bfloat16 where that is clearly faster; what comes
     out of it is then a few percent off. `cache_limit` is in bytes. `recipe` is the recipe and the
-    stage that asked for this training, such as "oregon-transfer/transfer".
+    stage that asked for this training, such as "oregon-transfer/transfer", `stand_in_for` the data
+    that it is about, where other data was given.
     `label_smoothing` and `class_weights` change what training minimises, never what is recorded;
     see `trainer.loop.Objective`. `layer_decay` is the factor of the learning rate from one block to
     the next further from the head, see `trainer.depth`; `gradual` says what is freed later in a
@@ -163,6 +164,7 @@ class Config:
     layer_decay: float = 1.0
     gradual: str | None = None
     recipe: str | None = None
+    stand_in_for: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("--phase", self.phase, PHASES)

@@ -3,6 +3,7 @@
     title = "..."          one line: what is asked
     needs = "..."          the data
     takes = "..."          how long, on what
+    photos = 12786         of that data, by which a folder of it is recognised; likewise classes
     data = "oregon"        and any other flag of the trainer, for all stages
 
     [[stage]]
@@ -33,11 +34,13 @@ from typing import Any, Final
 
 from trainer.grid import SWEPT, SweepError
 from trainer.recipe import build_sweep_parser, flags_by_name, read_setting, unknown_setting
+from trainer.runlog import Run
 
 FIGURES: Final = (
     *("test_acc", "test_loss", "train_acc", "train_loss", "val_acc", "val_loss", "seconds"),
 )
 _ABOUT: Final = ("title", "needs", "takes")
+_SIZES: Final = ("photos", "classes")
 _OWN: Final = ("name", "from", "published")
 
 
@@ -62,13 +65,14 @@ class Published:
 class Stage:
     """One training, or one sweep. `settings` by their names in Config, tuples where a sweep may
     vary them; `fixed` names those that a user's choice for all stages leaves alone; `parent` is the
-    stage to start from."""
+    stage to start from. `data` is what the recipe trains on."""
 
     name: str
     settings: Mapping[str, Any]
     parent: str | None = None
     published: tuple[Published, ...] = ()
     fixed: frozenset[str] = frozenset()
+    data: str | None = None
 
     @property
     def is_sweep(self) -> bool:
@@ -80,25 +84,37 @@ class Stage:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The stages in order, and what to say of them."""
+    """The stages in order, and what to say of them. `photos` and `classes` of the recipe's data,
+    where they are known."""
 
     name: str
     title: str
     needs: str
     takes: str
     stages: tuple[Stage, ...] = field(repr=False)
+    photos: int | None = None
+    classes: int | None = None
 
     def with_settings(self, given: Mapping[str, Any]) -> Experiment:
-        """All stages with these settings instead of their own. What was published belongs to all of
-        the recipe's own data, and is left out for other data or a part of it."""
-        other = not given.keys().isdisjoint(("data", "limit"))
+        """All stages with these settings instead of their own; the runs say what other data stands
+        in for."""
 
         def changed(stage: Stage) -> Stage:
             chosen = {name: value for name, value in given.items() if name not in stage.fixed}
-            published = () if other else stage.published
-            return replace(stage, settings={**stage.settings, **chosen}, published=published)
+            if stage.data is not None and chosen.get("data", stage.data) != stage.data:
+                chosen["stand_in_for"] = stage.data
+            return replace(stage, settings={**stage.settings, **chosen})
 
         return replace(self, stages=tuple(map(changed, self.stages)))
+
+    def published(self, stage: Stage, run: Run) -> tuple[Published, ...]:
+        """What was published of a stage, for one of its runs: nothing for a part of the data or for
+        other data than that of the recipe."""
+        config, dataset = run.info.get("config", {}), run.info.get("dataset", {})
+        photos = sum(dataset.get("counts", {}).values()) + len(dataset.get("rejected", []))
+        alike = photos == self.photos and len(run.info.get("classes", [])) == self.classes
+        same = config.get("data") == stage.data or alike
+        return stage.published if same and config.get("limit") is None else ()
 
 
 def packaged() -> dict[str, Experiment]:
@@ -132,11 +148,12 @@ def read_experiment(path: Path) -> Experiment:
     tables = content.pop("stage", None)
     if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
         raise ExperimentError(f"The recipe {path} has no [[stage]], so there is nothing to train.")
+    photos, classes = (_number(path, name, content.pop(name, None)) for name in _SIZES)
     parser = build_sweep_parser()
     stages: list[Stage] = []
     for table in tables:
         stages.append(_stage(path, content, table, parser, stages))
-    return Experiment(path.stem, title, needs, takes, tuple(stages))
+    return Experiment(path.stem, title, needs, takes, tuple(stages), photos, classes)
 
 
 def _stage(
@@ -159,7 +176,8 @@ def _stage(
     settings = dict(_settings(path, {**common, **own}, parser))
     # A stage with random weights, or with a network of its own, is about these.
     fixed = frozenset(own) & {"arch", "weights"}
-    return Stage(name, settings, parent, tuple(_published(path, name, table, parser)), fixed)
+    published = tuple(_published(path, name, table, parser))
+    return Stage(name, settings, parent, published, fixed, settings.get("data"))
 
 
 def _settings(
@@ -200,3 +218,9 @@ def _text(path: Path, key: str, value: object) -> str:
     if not isinstance(value, str):
         raise ExperimentError(f"{path}: {key} must be a text.")
     return " ".join(value.split())
+
+
+def _number(path: Path, key: str, value: object) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ExperimentError(f"{path}: {key} must be a whole number above 0.")
+    return value

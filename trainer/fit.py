@@ -68,7 +68,8 @@ def _earlier(job: Job, *statuses: Status) -> Run | None:
 
 
 def _unnamed(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in ("recipe", "run_name")}
+    asked = ("recipe", "stand_in_for", "run_name")
+    return {name: value for name, value in config.items() if name not in asked}
 
 
 def check_before_work(config: Config) -> None:

@@ -5,12 +5,13 @@ Not yet run on a GPU; see docs/benchmarks.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer.portions import at_once, portions
 from trainer.prefix import Activations
 
 Capture = Callable[[nn.Module, Activations], Callable[..., Tensor]]
@@ -20,9 +21,9 @@ _SEED = 0
 class TrainingForward:
     """Calls a tail: activations [n, ...] -> logits [n, classes], with gradients.
 
-    Batches of the size that was prepared for go through the graph, the smaller one at the end of an
-    epoch does not. Where capturing fails, or the graph does not give what the tail gives, the tail
-    is always called itself.
+    Batches, or portions, of the size that was prepared for go through the graph, the smaller ones
+    at the end of an epoch do not. Where capturing fails, or the graph does not give what the tail
+    gives, the tail is always called itself.
     """
 
     def __init__(self, tail: nn.Module, capture: Capture | None = None) -> None:
@@ -31,14 +32,21 @@ class TrainingForward:
         self._graph: Callable[..., Tensor] | None = None
         self._size: int | None = None
 
-    def prepare(self, inputs: Activations) -> None:
-        """Capture the tail, in the modes that its modules are in, for batches such as `inputs`.
+    def prepare(self, inputs: Activations, graph: bool = True) -> None:
+        """Find out how much of batches such as `inputs` may be computed at once, and capture the
+        tail for that, in the modes that its modules are in, if `graph` says so.
 
-        Does nothing but the first time. Draws from the generators, so seed them afterwards.
+        Does nothing but the first time. Draws from the generators, so seed them afterwards. Raises
+        MemoryNeededError.
         """
         if self._size is None:
-            self._size = len(inputs[0])
-            self._graph = self._captured(inputs)
+            self._size = at_once(self._tail, inputs)
+            if graph:
+                self._graph = self._captured(tuple(value[: self._size] for value in inputs))
+
+    def portions(self, photos: int) -> Iterator[slice]:
+        """What of a batch to compute at once, one after the other."""
+        return portions(photos, self._size or photos)
 
     def _captured(self, inputs: Activations) -> Callable[..., Tensor] | None:
         try:

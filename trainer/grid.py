@@ -38,6 +38,7 @@ _LATER: Final = (
 # Where and how fast a member is computed, not what: these leave the id of the plan as it is.
 NOT_TRAINING: Final = (
     *("device", "cache", "cache_dir", "cache_limit", "runs_dir", "run_name", "recipe"),
+    "stand_in_for",
 )
 
 _USED: Final[Mapping[ScheduleName, tuple[str, ...]]] = {

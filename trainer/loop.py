@@ -18,7 +18,8 @@ from trainer.augment import view_generator
 from trainer.config import Config
 from trainer.frozen import Batch, Source
 from trainer.graphs import TrainingForward
-from trainer.prefix import Cut
+from trainer.portions import evaluated
+from trainer.prefix import Activations, Cut
 from trainer.schema import ThawError
 
 
@@ -67,6 +68,12 @@ class Objective:
             logits, labels, self.weights, label_smoothing=self.smoothing
         )
 
+    def share(self, part: Tensor, whole: Tensor) -> Tensor | float:
+        """What the labels of a part of a batch count for in the loss of all of it, 0..1."""
+        if self.weights is None:
+            return len(part) / len(whole)
+        return self.weights[part].sum() / self.weights[whole].sum()
+
 
 def objective_of(
     config: Config, labels: NDArray[np.int64], classes: int, device: torch.device
@@ -113,7 +120,7 @@ def evaluate(learners: Sequence[Learner], source: Source, batch_size: int) -> li
         for start in range(0, len(rows), batch_size):
             batch = source.batch(rows[start : start + batch_size])
             for parts, learner in zip(logits, learners, strict=True):
-                parts.append(learner.tail(*batch.at(learner.cut)).float().cpu())
+                parts.append(evaluated(learner.tail, batch.at(learner.cut)).float().cpu())
     labels = torch.from_numpy(source.split.labels)
     return [score(torch.cat(parts), labels) for parts in logits]
 
@@ -239,14 +246,42 @@ def take_step(learners: Sequence[Learner], batch: Batch, draws: int) -> list[tup
     One whose loss is not finite takes none.
     """
     inputs, labels = batch.at(learners[0].cut), batch.labels
-    alone = learners[0] if len(learners) == 1 else None
-    if alone is not None and alone.cut is not None:
-        alone.forward.prepare(inputs)
-    torch.manual_seed(draws)
-    if alone is not None:
-        logits = alone.forward(*inputs)[None]
+    if len(learners) == 1:
+        values, logits = _step_alone(learners[0], inputs, labels, draws)
     else:
-        logits = _stacked([learner.tail for learner in learners], inputs)
+        values, logits = _step_stacked(learners, inputs, labels, draws)
+    for learner, value in zip(learners, values, strict=True):
+        if np.isfinite(value):
+            learner.optimizer.step()
+    if not all(learner.objective.plain for learner in learners):
+        values = _plain_losses(values, logits, labels)
+    return list(zip(values, logits, strict=True))
+
+
+def _step_alone(
+    learner: Learner, inputs: Activations, labels: Tensor, draws: int
+) -> tuple[list[float], Tensor]:
+    """Gradients, the loss [1] and logits [1, n, classes]; a large batch in portions."""
+    learner.forward.prepare(inputs, graph=learner.cut is not None)
+    torch.manual_seed(draws)
+    learner.optimizer.zero_grad(set_to_none=True)
+    losses, logits = [], []
+    for part in learner.forward.portions(len(labels)):
+        answers = learner.forward(*(value[part] for value in inputs))
+        loss = learner.objective(answers, labels[part])
+        loss = loss * learner.objective.share(labels[part], labels)
+        loss.backward()
+        losses.append(loss.item())
+        logits.append(answers.detach())
+    return [sum(losses)], torch.cat(logits)[None]
+
+
+def _step_stacked(
+    learners: Sequence[Learner], inputs: Activations, labels: Tensor, draws: int
+) -> tuple[list[float], Tensor]:
+    """As `_step_alone` for several networks at once: losses and logits [networks, n, classes]."""
+    torch.manual_seed(draws)
+    logits = _stacked([learner.tail for learner in learners], inputs)
     pairs = list(zip(learners, logits, strict=True))
     losses = torch.stack([learner.objective(one, labels) for learner, one in pairs])
     values = losses.tolist()
@@ -254,12 +289,7 @@ def take_step(learners: Sequence[Learner], batch: Batch, draws: int) -> list[tup
         learner.optimizer.zero_grad(set_to_none=True)
     # The networks share no parameter that trains, so the sum's gradient is each one's own.
     losses[[i for i, value in enumerate(values) if np.isfinite(value)]].sum().backward()
-    for learner, value in zip(learners, values, strict=True):
-        if np.isfinite(value):
-            learner.optimizer.step()
-    if not all(learner.objective.plain for learner in learners):
-        values = _plain_losses(values, logits.detach(), labels)
-    return list(zip(values, logits.detach(), strict=True))
+    return values, logits.detach()
 
 
 def _plain_losses(minimised: list[float], logits: Tensor, labels: Tensor) -> list[float]:

@@ -31,6 +31,7 @@ from trainer.schedule import learning_rate
 from trainer.schema import EpochRecord, PhaseRecord, Status, ThawError, Unfreezing
 from trainer.start import Start
 from trainer.tensorboard import TensorBoardLog
+from trainer.weight_change import weight_change
 
 # Checkpoints are written at least this often, and at the end. An epoch may take milliseconds, and
 # writing a network takes longer than that.
@@ -367,7 +368,22 @@ class PhaseRun:
             self._board.close()
             if status == "done" and self.last is not None:
                 self.writer.end_phase(self.last.epoch)
+                self.writer.update(weight_change=self._weight_change())
             self.writer.close(status, reason)
+
+    def _weight_change(self) -> dict[str, dict[str, float]]:
+        """How far the last epoch's weights are from the start's: of the backbone and of the head,
+        each where it trained."""
+        head = head_name(self.start.network)
+        parts: dict[str, list[str]] = {"backbone": [], "head": []}
+        for name in self.part.unfrozen:
+            inside = name == head or name.startswith(f"{head}.")
+            parts["head" if inside else "backbone"].append(name)
+        found = {
+            part: weight_change(self.start.network, self.tail, names)
+            for part, names in parts.items()
+        }
+        return {part: change.to_dict() for part, change in found.items() if change is not None}
 
     def fail(self, error: ThawError) -> None:
         """End this run for a reason of its own; what it kept so far is written, if it can be."""

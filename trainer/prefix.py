@@ -21,6 +21,8 @@ Activations = tuple[Tensor, ...]
 
 # For values that cannot be stored photo by photo: sizes, lists, constants.
 _UNFIT: Final = 1 << 60
+# Activations this small cost nothing worth saving: of small photos all layers have such.
+_SMALL: Final = 16 * 1024
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,16 @@ class Trace:
         nodes = self._nodes
         head = head_name(self._network).partition(".")[0]
         first = next(i for i, n in enumerate(nodes) if _belongs_to_tail(self._network, head, n))
-        # The latest of the smallest: what does not cost memory should not be computed again.
-        place = min(range(first, 0, -1), key=lambda i: self._size(i))
+        # The latest of the small ones: what does not cost memory should not be computed again.
+        sizes = {i: self._size(i) for i in range(first, 0, -1)}
+        enough = max(min(sizes.values()), _SMALL)
+        place = next(i for i, size in sizes.items() if size <= enough)
         crossing = self._crossing(place)
-        if self._size(place) >= _UNFIT or any(node.op == "placeholder" for node in crossing):
+        if sizes[place] >= _UNFIT or any(node.op == "placeholder" for node in crossing):
             return None
         metas = [node.meta["tensor_meta"] for node in crossing]
         parts = tuple((str(m.dtype).removeprefix("torch."), tuple(m.shape[1:])) for m in metas)
-        found = Cut(place, str(nodes[place].target), parts, self._size(place))
+        found = Cut(place, str(nodes[place].target), parts, sizes[place])
         return found if self._fits(found) else None
 
     def part(self, start: Cut | None, stop: Cut | None) -> fx.GraphModule:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
 
 from trainer.cli import inert, inert_cell
 from trainer.experiment import FIGURES, Published
-from trainer.runlog import Run
+from trainer.runlog import Run, RunError, write_atomically
 from trainer.tested import read_tested
 
 _NO_VALUE: Final = "–"
-_HEADS: Final[Mapping[str, str]] = {
+_SUFFIX: Final = ".results.json"
+_SCHEMA_VERSION: Final = 1
+_MOST_BYTES: Final = 10_000_000
+HEADS: Final[Mapping[str, str]] = {
     "test_acc": "test acc",
     "test_loss": "test loss",
     "train_acc": "train acc",
@@ -29,20 +34,50 @@ _DIGITS: Final[Mapping[str, int]] = {"seconds": 1, "memory": 0}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One run. `figures` by the names of experiment.FIGURES, and "memory", the peak in MB: of the
-    best epoch, or of epoch 0 where nothing was trained; what was not measured is absent.
-    `published` are somebody else's figures for the same settings."""
+class Entry:
+    """A run of an experiment, and what it is called there. `published` are somebody else's figures
+    for the same settings."""
 
     model: str
     run_id: str
-    figures: Mapping[str, float]
     published: Mapping[str, float]
 
 
-def row(model: str, run: Run, published: Sequence[Published] = ()) -> Row:
-    """The row of a run. Raises RunError where its test.json is damaged."""
-    return Row(model, run.run_id, dict(_figures(run)), _fitting(run, published))
+@dataclass(frozen=True)
+class Table:
+    """An experiment that has been run: its recipe's name, what it asks, its runs. `data` names the
+    photos, with what they stand in for."""
+
+    name: str
+    title: str
+    data: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An entry with its figures, by the names of experiment.FIGURES, and "memory", the peak in MB:
+    of the best epoch, or of epoch 0 where nothing was trained; what was not measured is absent."""
+
+    entry: Entry
+    figures: Mapping[str, float]
+
+
+def entry(model: str, run: Run, published: Sequence[Published] = ()) -> Entry:
+    """The entry of a run, with those published figures that were given for its settings."""
+    return Entry(model, run.run_id, _fitting(run, published))
+
+
+def row(entry: Entry, run: Run) -> Row:
+    """The row of an entry's run. Raises RunError where its test.json is damaged."""
+    return Row(entry, dict(_figures(run)))
+
+
+def data_of(run: Run) -> str:
+    """What to call the photos of a run: their name, and what they stand in for."""
+    name = str(run.info.get("dataset", {}).get("name", ""))
+    instead = run.info.get("config", {}).get("stand_in_for")
+    return f"{name} (standing in for {instead})" if isinstance(instead, str) else name
 
 
 def _figures(run: Run) -> Iterable[tuple[str, float]]:
@@ -71,6 +106,63 @@ def _fitting(run: Run, published: Sequence[Published]) -> Mapping[str, float]:
     flat = {**config, **schedule, **(config.get("augmentation") or {})}
     fitting = [one for one in published if one.fits(flat)]
     return max(fitting, key=lambda one: len(one.settings)).figures if fitting else {}
+
+
+# --- the file that the explorer reads ---------------------------------------------------------
+
+
+def table_path(runs_dir: Path, name: str) -> Path:
+    return runs_dir / f"{name}{_SUFFIX}"
+
+
+def write_table(runs_dir: Path, table: Table) -> None:
+    """Write which runs belong to an experiment. Raises OSError."""
+    content = {"schema_version": _SCHEMA_VERSION, **asdict(table)}
+    path = table_path(runs_dir, table.name)
+    write_atomically(path, json.dumps(content, indent=2).encode())
+
+
+def list_tables(runs_dir: Path) -> tuple[dict[str, Table], dict[str, str]]:
+    """The experiments of a runs folder by name, and why others cannot be read."""
+    found: dict[str, Table] = {}
+    broken: dict[str, str] = {}
+    for path in sorted(runs_dir.glob(f"*{_SUFFIX}")):
+        name = path.name.removesuffix(_SUFFIX)
+        try:
+            found[name] = _read_table(path, name)
+        except RunError as error:
+            broken[name] = str(error)
+    return found, broken
+
+
+def _read_table(path: Path, name: str) -> Table:
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise RunError(f"{path} is too large to be an experiment's table.")
+        content = json.loads(path.read_bytes())
+        entries = tuple(map(_read_entry, content["entries"]))
+        return Table(name, _text(content["title"]), _text(content["data"]), entries)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise RunError(
+            f"{path} is damaged. Give the command of the experiment again: it trains nothing twice."
+        ) from error
+
+
+def _read_entry(content: Any) -> Entry:
+    published = {
+        name: float(value) for name, value in content["published"].items() if name in FIGURES
+    }
+    if not all(map(math.isfinite, published.values())):
+        raise ValueError("not a number")
+    return Entry(_text(content["model"]), _text(content["run_id"]), published)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
 
 
 # --- as text ----------------------------------------------------------------------------------
@@ -106,16 +198,16 @@ def text(rows: Sequence[Row]) -> str:
 
 
 def _cells(rows: Sequence[Row], safe: Callable[[str], str]) -> tuple[list[str], list[list[str]]]:
-    measured = [name for name in _HEADS if any(name in row.figures for row in rows)]
-    reported = [name for name in FIGURES if any(name in row.published for row in rows)]
-    heads = ["model", *(_HEADS[name] for name in measured)]
-    heads += [f"{_HEADS[name]}, published" for name in reported] + ["run"]
+    measured = [name for name in HEADS if any(name in row.figures for row in rows)]
+    reported = [name for name in FIGURES if any(name in row.entry.published for row in rows)]
+    heads = ["model", *(HEADS[name] for name in measured)]
+    heads += [f"{HEADS[name]}, published" for name in reported] + ["run"]
     cells = [
         [
-            safe(row.model),
+            safe(row.entry.model),
             *(_shown(name, row.figures.get(name)) for name in measured),
-            *(_shown(name, row.published.get(name)) for name in reported),
-            safe(row.run_id),
+            *(_shown(name, row.entry.published.get(name)) for name in reported),
+            safe(row.entry.run_id),
         ]
         for row in rows
     ]

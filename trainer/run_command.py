@@ -15,7 +15,7 @@ from trainer.experiment import Experiment, Stage, find_experiment
 from trainer.grid import SWEPT, Request, grid
 from trainer.process import prepare_process
 from trainer.recipe import build_sweep_parser
-from trainer.results import Row, markdown, row, text, to_csv
+from trainer.results import Row, Table, data_of, entry, markdown, row, text, to_csv, write_table
 from trainer.runlog import Run, RunError, check_writable, write_atomically
 from trainer.sweep import Engine, train_all
 
@@ -86,21 +86,27 @@ def run_experiment(experiment: Experiment) -> int:
     check_writable(runs_dir)
     done: dict[str, Run] = {}
     rows: list[Row] = []
-    failed = False
+    failed, data = False, ""
     try:
         for number, stage in enumerate(experiment.stages, 1):
             where = f"stage {number} of {len(experiment.stages)}"
             print(f"\n{inert(experiment.name)}, {where}: {inert(stage.name)}")
+            if (instead := stage.settings.get("stand_in_for")) is not None:
+                data = stage.settings["data"]
+                print(f"Note: {inert(str(data))} stands in for the data of the recipe, {instead}.")
             for label, run in _train(experiment, stage, done):
                 failed = failed or run.status != "done"
                 if run.status == "done":
                     done[stage.name] = run
                     _test(run)
-                    rows.append(row(label, run, stage.published))
+                    known = entry(label, run, experiment.published(stage, run))
+                    rows.append(row(known, run))
+                    data = data_of(run)
+            _write(experiment, rows, data, runs_dir)
     except (KeyboardInterrupt, SystemExit):
         print("The same command goes on where this experiment was interrupted.")
         raise
-    _report(experiment, rows, runs_dir)
+    _report(experiment, rows, data, runs_dir)
     return 1 if failed else 0
 
 
@@ -139,16 +145,27 @@ def _test(run: Run) -> None:
         print(f"Test photos: {tested.accuracy:.2%} of {tested.photos:,}, loss {tested.loss:.4f}")
 
 
-def _report(experiment: Experiment, rows: list[Row], runs_dir: Path) -> None:
+def _write(experiment: Experiment, rows: list[Row], data: str, runs_dir: Path) -> None:
+    """The table so far: as Markdown, as CSV, and for the explorer."""
+    table = Table(experiment.name, experiment.title, data, tuple(row.entry for row in rows))
+    try:
+        for path, content in _texts(experiment, rows, runs_dir):
+            write_atomically(path, content.encode())
+        write_table(runs_dir, table)
+    except OSError as error:
+        raise RunError(f"Cannot write the table into {runs_dir}: {error.strerror}.") from error
+
+
+def _texts(experiment: Experiment, rows: list[Row], runs_dir: Path) -> Iterator[tuple[Path, str]]:
+    for suffix, content in ((".md", markdown(rows)), (".csv", to_csv(rows))):
+        yield runs_dir / f"{experiment.name}{suffix}", content
+
+
+def _report(experiment: Experiment, rows: list[Row], data: str, runs_dir: Path) -> None:
     if not rows:
         print("No run was finished, so there is no table.")
         return
-    print(f"\n{experiment.title}\n\n{text(rows)}")
-    for suffix, content in ((".md", markdown(rows)), (".csv", to_csv(rows))):
-        path = runs_dir / f"{experiment.name}{suffix}"
-        try:
-            write_atomically(path, content.encode())
-        except OSError as error:
-            raise RunError(f"Cannot write {path}: {error.strerror}.") from error
+    print(f"\n{inert(experiment.title)}\nData: {inert(data)}\n\n{text(rows)}")
+    for path, _ in _texts(experiment, rows, runs_dir):
         print(f"written: {inert(str(path))}")
     print("Compare the runs:  streamlit run streamlit_app.py")

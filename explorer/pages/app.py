@@ -15,6 +15,7 @@ _TITLES: Final[dict[PageName, str]] = {
     "compare": "Compare",
     "runs": "Runs",
     "sweep": "Sweep",
+    "results": "Results",
     "changed": "What changed",
     "classify": "Classify",
     "exporting": "Export",

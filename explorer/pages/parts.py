@@ -24,7 +24,9 @@ from explorer.data import Library, Snapshot, runs_dir_from
 from explorer.render import to_svg
 from trainer.runlog import Run
 
-PageName = Literal["compare", "runs", "sweep", "changed", "classify", "exporting", "importing"]
+PageName = Literal[
+    "compare", "runs", "sweep", "results", "changed", "classify", "exporting", "importing"
+]
 
 _ASKED: Final = "asked"  # what another page wants chosen here
 _WHILE_RUNNING: Final = 2.0

@@ -212,6 +212,9 @@ _COLUMNS: Final = {
         help="Of the change, in points: bootstrap over the validation photos. Of many "
         "runs one looks good by chance; Compare adjusts for that."
     ),
+    "Test accuracy": st.column_config.NumberColumn(
+        format=_PERCENT, help="On photos that nothing was chosen by: python -m trainer test"
+    ),
     "Tags": st.column_config.ListColumn(width=150),
     "Learning rate": st.column_config.NumberColumn(format="%.1e"),
     "At epoch": st.column_config.NumberColumn(format="%d"),
