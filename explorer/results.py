@@ -65,13 +65,13 @@ def frame(shown: Results) -> pd.DataFrame:
     """A row for each run: its name in the experiment, its figures and the published ones, each
     column only where some row has it. Accuracies in percent, times in seconds, memory in MB."""
     lines = []
-    for row in shown.rows:
-        line: dict[str, str | float] = {"Model": sendable(row.entry.model)}
-        line |= {_TITLES[name]: _scaled(name, value) for name, value in row.figures.items()}
+    for one in shown.rows:
+        line: dict[str, str | float] = {"Model": sendable(one.entry.model)}
+        line |= {_TITLES[name]: _scaled(name, value) for name, value in one.figures.items()}
         line |= {
-            published(name): _scaled(name, value) for name, value in row.entry.published.items()
+            published(name): _scaled(name, value) for name, value in one.entry.published.items()
         }
-        lines.append(line | {"Run": sendable(row.entry.run_id)})
+        lines.append(line | {"Run": sendable(one.entry.run_id)})
     order = ["Model"]
     for name in HEADS:
         order += [_TITLES[name], *([published(name)] if name in FIGURES else [])]
