@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from explorer.access import may_write
+from trainer.files import read_bounded
 from trainer.runlog import RunError, write_atomically
 
 ANNOTATIONS_JSON: Final = "annotations.json"
@@ -37,7 +39,7 @@ def load_annotation(run: Path) -> Annotation:
     """What is noted of the run in this folder; nothing where there is no such file or it is
     damaged."""
     try:
-        content = json.loads((run / ANNOTATIONS_JSON).read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(run / ANNOTATIONS_JSON).decode())
     except (OSError, ValueError, RecursionError):
         return Annotation()
     if not isinstance(content, dict):
@@ -63,6 +65,7 @@ def _line(text: str) -> str:
 
 def save_annotation(run: Path, annotation: Annotation) -> None:
     """Write what is noted of the run in this folder. Raises RunError where that is not possible."""
+    may_write("Noting something of a run")
     text = json.dumps(asdict(annotation), indent=2, ensure_ascii=False)
     try:
         write_atomically(run / ANNOTATIONS_JSON, text.encode())

@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from explorer.data import checkpoint_of
 from explorer.gradcam import GradCam, overlay
 from export.metadata import Which
 from trainer.preprocess import open_photo, side_to_decode, to_array
 from trainer.process import usable_cores
-from trainer.runlog import Run, RunError, checkpoint_path
+from trainer.runlog import Run, RunError
 from trainer.schema import Preprocess, ThawError
 
 TOP: Final = 5
@@ -77,7 +78,7 @@ def slots(run: Run) -> list[Slot]:
 
 def _slot(run: Run, which: Which, title: str) -> Slot:
     try:
-        return Slot(which, title, checkpoint_path(run, which))
+        return Slot(which, title, checkpoint_of(run, which))
     except RunError as error:
         return Slot(which, title, reason=str(error))
 

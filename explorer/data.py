@@ -6,6 +6,7 @@ Knows neither Streamlit nor torch.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import threading
 from collections import Counter
@@ -17,8 +18,16 @@ from typing import Final, Literal
 import pandas as pd
 
 from explorer.annotations import ANNOTATIONS_JSON, Annotation, load_annotation
-from trainer.runlog import Run, RunReader, Stamp, run_folders, stamp
-from trainer.schema import EPOCH_FIELDS
+from trainer.runlog import (
+    Run,
+    RunError,
+    RunReader,
+    Stamp,
+    checkpoint_path,
+    run_folders,
+    stamp,
+)
+from trainer.schema import CHECKPOINTS, EPOCH_FIELDS, PREDICTIONS
 
 RUNS_DIR_VARIABLE: Final = "THAW_RUNS_DIR"
 DEFAULT_SHOWN: Final = 12
@@ -97,32 +106,81 @@ class Library:
         self._lock = threading.Lock()
 
     def snapshot(self) -> Snapshot:
+        try:
+            found = run_folders(self.runs_dir)
+        except RunError as error:
+            return Snapshot({}, {str(self.runs_dir): str(error)})
         with self._lock:
             self._folders = {
-                path.name: self._folders.get(path.name) or _Folder(path)
-                for path in run_folders(self.runs_dir)
+                path.name: self._folders.get(path.name) or _Folder(path) for path in found
             }
-            read = [
-                (folder.run.read_or_explain(), folder.annotation())
-                for folder in self._folders.values()
-            ]
+            read = [(folder.read(), folder.annotation()) for folder in self._folders.values()]
         return _snapshot([run for run, _ in read], {run.run_id: note for run, note in read})
 
 
 class _Folder:
-    """One run and what users noted of it."""
+    """One run and what users noted of it.
+
+    Links in it are not followed, nor is a run that is one: whoever can write to a shared runs
+    folder could have this process open for them what only it may read.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.run = RunReader(path)
+        self._path = path
+        self._run = RunReader(path)
+        self._folders = [path, path / CHECKPOINTS, path / PREDICTIONS]
+        self._stamps: list[Stamp] = []
+        self._link: Path | None = None
         self._file = path / ANNOTATIONS_JSON
         self._stamp: Stamp = None
         self._annotation = Annotation()
 
+    def read(self) -> Run:
+        if self._found_link():
+            problem = (
+                f"{self._link} is a link. Thaw opens only what is in the runs folder itself: put "
+                "the files there, or name their own runs folder with --runs-dir."
+            )
+            return Run(self._path, {}, problem=problem)
+        return self._run.read_or_explain()
+
+    def _found_link(self) -> bool:
+        stamps = [stamp(folder) for folder in self._folders]  # change as entries come and go
+        if stamps != self._stamps:
+            self._stamps, self._link = stamps, _link_among(self._path, self._folders)
+        return self._link is not None
+
     def annotation(self) -> Annotation:
+        if self._link is not None:
+            return Annotation()
         before, self._stamp = self._stamp, stamp(self._file)
         if self._stamp != before:
             self._annotation = load_annotation(self._file.parent)
         return self._annotation
+
+
+def checkpoint_of(run: Run, which: Literal["before", "after"]) -> Path:
+    """As trainer.runlog.checkpoint_path, but what lies behind a link is not there: the parent's
+    folder may be one. Raises RunError."""
+    path = checkpoint_path(run, which)
+    runs_dir = run.path.parent
+    if path.resolve() != runs_dir.resolve() / path.relative_to(runs_dir):
+        raise RunError(f"The checkpoint {path} lies behind a link, and Thaw follows none there.")
+    return path
+
+
+def _link_among(run: Path, folders: Iterable[Path]) -> Path | None:
+    """The run's folder if it is a link, or the first link in one of these folders."""
+    if run.is_symlink():
+        return run
+    for folder in folders:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:  # not there, or just gone
+            continue
+        if links := [entry for entry in entries if entry.is_symlink()]:
+            return Path(links[0].path)
+    return None
 
 
 def _snapshot(runs: Iterable[Run], annotations: Mapping[str, Annotation]) -> Snapshot:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from explorer.classify import (
     to_jpeg,
 )
 from trainer.cli import inert_cell
-from trainer.preprocess import MAX_PIXELS, PhotoError
+from trainer.preprocess import MAX_PIXELS, PhotoError, photo_size
 from trainer.process import usable_cores
 
 BATCH: Final = 16
@@ -208,12 +207,10 @@ def _batches(uploads: Sequence[Upload]) -> Iterator[list[Upload]]:
 
 def _pixels(upload: Upload) -> int:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own bound is below ours
-            with Image.open(io.BytesIO(upload.content)) as image:
-                return image.width * image.height
-    except Exception:  # Pillow raises nearly anything; `decode` will tell the reason
+        width, height = photo_size(io.BytesIO(upload.content))
+    except PhotoError:  # `decode` will tell the reason
         return 0
+    return width * height
 
 
 def _decode_all(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 import export
+from explorer.access import may_write
 from export.metadata import Which
 from export.precision import Precision
 from trainer.runlog import Run
@@ -231,7 +232,8 @@ class Jobs:
 
     def start(self, model: Path, command: Sequence[str]) -> Job:
         """The job that writes this file: a new one, or the one that is at it. Raises
-        ExportingError."""
+        ExportingError, ReadOnlyError."""
+        may_write("An export")
         with self._lock:
             job = self.of(model)
             if job is None or job.report().state != "running":

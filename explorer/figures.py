@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from export.precision import PRECISIONS, Parity, Precision
+from trainer.files import read_bounded
 from trainer.schema import ThawError
 
 
@@ -38,7 +39,7 @@ class Figures:
 def read_figures(path: Path) -> Figures:
     """Read a parity.json. Raises FiguresError where a figure is not there or is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(path).decode())
         parity = Parity(**_values(Parity, content))
         return Figures(parity, **_values(Figures, content))
     except OSError as error:

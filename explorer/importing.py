@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from explorer.access import may_write
 from explorer.data import Snapshot
 from trainer.imports.find import Skipped
 from trainer.imports.logs import TITLES, Format, Log, LogError
 from trainer.imports.plan import NewRun
 from trainer.imports.read import Found, read_all
-from trainer.imports.write import holder
+from trainer.imports.write import holder, write
 from trainer.runlog import Run
 
 
@@ -114,6 +115,13 @@ def preview(planned: Sequence[NewRun]) -> tuple[Snapshot, list[str]]:
 def _distinct(names: Mapping[str, str]) -> dict[str, str]:
     taken = Counter(names.values())
     return {key: name if taken[name] == 1 else f"{name} ({key})" for key, name in names.items()}
+
+
+def bring_in(runs_dir: Path, planned: Sequence[NewRun]) -> list[str]:
+    """Write the planned runs as trainer.imports.write does; returns their ids. Raises LogError,
+    RunError, ReadOnlyError."""
+    may_write("An import")
+    return write(runs_dir, planned)
 
 
 @dataclass(frozen=True)

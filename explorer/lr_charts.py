@@ -14,6 +14,7 @@ import pandas as pd
 
 from explorer.charts import DASHES, NOTE_COLOUR, RUN_COLOURS
 from explorer.settings import rate_text
+from trainer.files import read_bounded
 from trainer.schema import LR_FIND
 
 _NAMES: Final = {"steep": "steepest fall", "valley": "valley"}
@@ -33,14 +34,17 @@ class RateTest:
 
 def rate_tests(runs_dir: Path) -> dict[str, RateTest]:
     """The tests of a runs folder by name, newest first; files that are none are left out."""
-    files = sorted((runs_dir / LR_FIND).glob("*.json"), reverse=True)
+    folder = runs_dir / LR_FIND
+    # As with runs, links are not followed: see explorer.data.
+    inside = [] if folder.is_symlink() else folder.glob("*.json")
+    files = sorted((path for path in inside if not path.is_symlink()), reverse=True)
     found = {path.stem: _read(path) for path in files}
     return {name: test for name, test in found.items() if test is not None}
 
 
 def _read(path: Path) -> RateTest | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(path).decode())
         columns = {name: _numbers(content[key]) for name, key in _COLUMNS.items()}
         suggested = {
             said: _numbers([content[key]])[0]
@@ -50,7 +54,15 @@ def _read(path: Path) -> RateTest | None:
         frame = pd.DataFrame(columns, dtype="float64")
         good = len(frame) > 0 and frame["rate"].min() > 0 and min([1.0, *suggested.values()]) > 0
         about = _about(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ):
         return None
     diverged = content.get("diverged") is True
     return RateTest(path.stem, about, frame, suggested, diverged) if good else None

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from explorer.access import may_write
 from explorer.annotations import load_annotation, save_annotation
 from explorer.data import Snapshot
 from trainer.runlog import Run, RunError, is_being_written, run_folders
@@ -47,8 +48,9 @@ def delete(runs_dir: Path, names: Iterable[str]) -> list[str]:
     """Delete runs for good; returns what there is to say of those for which that failed.
 
     Only folders that lie in `runs_dir` themselves: nothing behind a link is touched. Neither is a
-    run that is being written.
+    run that is being written. Raises ReadOnlyError.
     """
+    may_write("Deleting")
     _remove_leftovers(runs_dir)
     folders = {path.name: path for path in run_folders(runs_dir)}
     problems = []

@@ -15,6 +15,7 @@ from explorer.compare import summarise
 from explorer.data import Snapshot
 from explorer.evidence import Findings, findings
 from explorer.settings import OFF, SWITCHES, settings
+from explorer.settings import sendable as sendable
 from trainer.evidence import Evidence, points
 from trainer.runlog import Run, RunError, Stamp, stamp
 from trainer.schema import TEST_JSON
@@ -172,11 +173,6 @@ def _noted(snapshot: Snapshot, name: str) -> dict[str, Any]:
         "Note": noted.note or None,
         "Archived": "yes" if noted.archived else None,
     }
-
-
-def sendable(text: str) -> str:
-    """Names of folders may hold bytes that are no text, which no browser can be sent."""
-    return text.encode(errors="replace").decode()
 
 
 def _is_number(value: Any) -> bool:

@@ -40,6 +40,7 @@ SHAPE: Final[Mapping[str, tuple[tuple[ScheduleName, ...], float | None]]] = {
 _WORDS: Final = {"Learning rate": "lr", "Layers": "unfreeze", "Schedule": "name"}
 BEFORE: Final = "before unfreezing"  # what a trunk shows in place of a setting
 _HEAD: Final = "head"
+_LONGEST: Final = 200
 OFF: Final = "off"
 # What is off unless asked for, by its name in run.json and the value that is off.
 SWITCHES: Final = {
@@ -174,7 +175,7 @@ def augmentation(chosen: Any) -> str:
     if not isinstance(chosen, Mapping):
         return ""
     used = [
-        f"{name.replace('_', ' ')} {chosen[name]}"
+        f"{name.replace('_', ' ')} {sendable(str(chosen[name])[:_LONGEST])}"
         for name, off in _AUGMENTATIONS.items()
         if chosen.get(name, off) != off
     ]
@@ -190,4 +191,9 @@ def _in(content: Any, *path: str) -> Any:
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return str(value) if isinstance(value, str | int) else ""
+    return sendable(str(value)[:_LONGEST]) if isinstance(value, str | int) else ""
+
+
+def sendable(text: str) -> str:
+    """Names of folders may hold bytes that are no text, which no browser can be sent."""
+    return text.encode(errors="replace").decode()

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from explorer.data import checkpoint_of
 from explorer.figures import Figures, figures_or_reason
 from export.card import card_path
-from export.metadata import ModelFileError, ModelMetadata, Which, file_name
+from export.metadata import MOST_BYTES, ModelFileError, ModelMetadata, Which, file_name
 from export.precision import LARGEST_LOSS, SAME_CLASS, Parity, Precision
-from trainer.runlog import Run, RunError, checkpoint_path
+from export.seal import check_seal
+from trainer.files import read_bounded
+from trainer.runlog import Run, RunError
 from trainer.schema import MODEL_ONNX, PARITY_JSON, ThawError
 
 Verdict = Literal["proven", "outdated", "unproven"]
@@ -76,7 +79,7 @@ def parity_path(run: Run, which: Which, precision: Precision = "fp32") -> Path:
 def checkpoint_or_reason(run: Run, which: Which) -> Path | str:
     """The checkpoint to export, or why there is none."""
     try:
-        return checkpoint_path(run, which)
+        return checkpoint_of(run, which)
     except RunError as error:
         return str(error)
 
@@ -142,7 +145,7 @@ def _card(model: Path, sha256: str) -> Card:
     path = card_path(model)
     if not path.is_file():
         return "missing"
-    return "there" if sha256 in path.read_text(encoding="utf-8", errors="replace") else "other"
+    return "there" if sha256 in read_bounded(path).decode(errors="replace") else "other"
 
 
 def _checkpoint(path: Path | str, figures: Figures | None) -> Literal["same", "changed", "gone"]:
@@ -164,15 +167,18 @@ def _content(path: Path, stamp: tuple[int, int]) -> tuple[str, ModelMetadata | s
     """The SHA-256 of a model, and what it says of itself or why that cannot be read."""
     import onnx
 
-    content = path.read_bytes()
+    content = read_bounded(path, MOST_BYTES)
     sha256 = hashlib.sha256(content).hexdigest()
     try:
+        sealed = check_seal(content)
         model = onnx.ModelProto.FromString(content)
+    except ThawError as error:
+        return sha256, str(error)
     except Exception:  # the exception differs between protobuf's implementations
         return sha256, "it is not an ONNX file, or only a part of one."
     try:
         props = {entry.key: entry.value for entry in model.metadata_props}
-        return sha256, ModelMetadata.from_props(props)
+        return sha256, ModelMetadata.from_props(props, sealed)
     except ThawError as error:
         return sha256, str(error)
 

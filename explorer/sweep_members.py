@@ -24,6 +24,7 @@ from explorer.settings import (
     learning_rate,
     rate_text,
     schedule_shape,
+    sendable,
     settings,
 )
 from trainer.config import ScheduleName
@@ -206,7 +207,9 @@ def _settings(run: Run) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value) if value is not None else ""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None else sendable(str(value))
 
 
 def varied(found: Sequence[Member]) -> list[str]:

@@ -21,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from export.metadata import INPUT, OUTPUTS, ModelFileError, ModelMetadata
+from export.metadata import INPUT, MOST_BYTES, OUTPUTS, ModelFileError, ModelMetadata
+from export.seal import check_seal
 from export.session import Device, Session, Tell, open_session
+from trainer.files import read_bounded
 from trainer.preprocess import Photo, PhotoError, load_photo, to_array, upright_rgb
 from trainer.process import usable_cores
 from trainer.schema import Preprocess, ThawError
@@ -96,9 +98,11 @@ class Classifier:
         Raises ModelFileError, or DeviceError (see `open_session`).
         """
         try:
-            content = path.read_bytes()
+            content = read_bounded(path, MOST_BYTES)
+            sealed = check_seal(content)
             session = open_session(content, device, batch or BATCH, one_core=True, tell=tell)
-            metadata = ModelMetadata.from_props(session.runtime.get_modelmeta().custom_metadata_map)
+            props = session.runtime.get_modelmeta().custom_metadata_map
+            metadata = ModelMetadata.from_props(props, sealed)
             _check_shapes(session, metadata)
         except OSError as error:
             raise ModelFileError(f"Cannot read the model {path}: {error.strerror}.") from error

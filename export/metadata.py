@@ -10,7 +10,10 @@ from typing import Any, Final, Literal
 from export.precision import PRECISIONS, Precision
 from trainer.schema import Preprocess, ThawError
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+# From this format on a file ends with its SHA-256, see `export.seal`.
+_SEALED: Final = 2
+MOST_BYTES: Final = 2 << 30  # the most that a protocol buffer can have
 INPUT: Final = "photos"
 OUTPUTS: Final = ("logits", "probabilities")
 
@@ -70,8 +73,9 @@ class ModelMetadata:
         }
 
     @classmethod
-    def from_props(cls, props: Mapping[str, str]) -> ModelMetadata:
-        """Inverse of `to_props` and `parity_props`. Raises ModelFileError."""
+    def from_props(cls, props: Mapping[str, str], sealed: bool = True) -> ModelMetadata:
+        """Inverse of `to_props` and `parity_props`; `sealed` is what `check_seal` said of the file.
+        Raises ModelFileError."""
         if _FORMAT_KEY not in props:
             raise ModelFileError(
                 "it was not written by Thaw: its metadata name no classes and no preprocessing. "
@@ -80,6 +84,8 @@ class ModelMetadata:
         try:
             if int(props[_FORMAT_KEY]) > FORMAT:
                 raise ModelFileError("it was written by a newer Thaw; update to use it.")
+            if int(props[_FORMAT_KEY]) >= _SEALED and not sealed:
+                raise ModelFileError("the SHA-256 at its end is missing: it was changed or cut.")
             return cls(
                 classes=_classes(json.loads(props["classes"])),
                 preprocess=Preprocess.from_dict(json.loads(props["preprocess"])),
@@ -89,11 +95,11 @@ class ModelMetadata:
                 epoch=int(props["epoch"]),
                 checkpoint_sha256=props["checkpoint_sha256"],
                 arch=props["arch"],
-                versions=dict(json.loads(props["versions"])),
+                versions=_versions(json.loads(props["versions"])),
                 precision=_precision(props.get("precision", "fp32")),
                 parity=dict(json.loads(props.get(_PARITY_KEY, "{}"))),
             )
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ModelFileError(f"its metadata are damaged ({error!r}).") from error
 
 
@@ -106,6 +112,13 @@ def _classes(names: Any) -> tuple[str, ...]:
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise ValueError("classes")
     return tuple(names)
+
+
+def _versions(said: Any) -> dict[str, str]:
+    versions = dict(said)
+    if not all(isinstance(text, str) for pair in versions.items() for text in pair):
+        raise ValueError("versions")
+    return versions
 
 
 def _precision(name: str) -> Precision:

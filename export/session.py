@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -37,6 +38,11 @@ _PROVIDER: Final[dict[Gpu, str]] = {"cuda": _CUDA, "tensorrt": _TENSORRT}
 # A folder that does not exist, so that weights outside the file are never found: a model is one
 # file, and one from elsewhere must not choose what else is read from this disk.
 _NO_FOLDER: Final = "/thaw/models-are-one-file"
+
+# Of a tensor whose content is elsewhere, in whatever part of a model: the key that names the place,
+# behind its length, which may be written with more bytes than it needs. So it also does not matter
+# whether that place is a link, or in which parts ONNX Runtime looks for such tensors.
+_ELSEWHERE: Final = re.compile(rb"(?:\x08|\x88\x80*\x00)location")
 
 # How far a probability from a GPU may be from the CPU's. Rounding to half precision stays well
 # below; a graph that reads the wrong memory, or a driver that computes nonsense, does not.
@@ -85,6 +91,8 @@ def open_session(
     once; otherwise all cores work on each layer. `tell` is told what takes minutes.
     Raises ModelFileError (not a model, or not self-contained) and DeviceError.
     """
+    if _ELSEWHERE.search(content):
+        raise _not_one_file()
     if device in ("cuda", "tensorrt"):
         _refuse_without_gpu(device)
     plain = Session(_create(content, [(_CPU, {})], threads=1 if one_core else _threads()), _CPU)
@@ -121,12 +129,16 @@ def _create(
         return ort.InferenceSession(content, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime has no common base class for its errors
         if "xternal data" in str(error):
-            raise ModelFileError(
-                "its weights lie in another file. Thaw's models are one file: export it anew."
-            ) from error
+            raise _not_one_file() from error
         raise ModelFileError(
             f"ONNX Runtime {ort.__version__} cannot load it ({_first_line(error)})."
         ) from error
+
+
+def _not_one_file() -> ModelFileError:
+    return ModelFileError(
+        "its weights lie in another file. Thaw's models are one file: export it anew."
+    )
 
 
 # --- on a GPU -----------------------------------------------------------------------------------

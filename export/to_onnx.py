@@ -31,7 +31,9 @@ from export.metadata import (
 from export.parity import measure, validation_photos
 from export.precision import Parity, Precision
 from export.quantize import quantize
+from export.seal import seal
 from export.session import open_session
+from trainer.cache import say
 from trainer.checkpoint import Checkpoint, load_model
 from trainer.model import TIMM_PREFIX, InputNormalize
 from trainer.preprocess import Photo
@@ -108,6 +110,7 @@ def export_run(
     parity = measure(classifier, content, batches, photos.missing, precision, kept)
     # Protocol buffers concatenate: what follows adds metadata to the very bytes that were measured.
     content += serialize(onnx.ModelProto(), parity_props(parity.to_dict()))
+    content += seal(content)
     onnx.checker.check_model(content, full_check=True)
     exported = Exported(
         path=path,
@@ -118,9 +121,19 @@ def export_run(
         kept_layers=kept_layers,
     )
     _write(exported.path, content)
-    _write(run.path / file_name(PARITY_JSON, which, precision), _parity_json(exported))
+    _write_figures(run.path / file_name(PARITY_JSON, which, precision), exported)
     write_card(run, exported)
     return exported
+
+
+def _write_figures(path: Path, exported: Exported) -> None:
+    try:
+        _write(path, _parity_json(exported))
+    except ExportError as error:
+        if exported.path.parent == path.parent:
+            raise
+        # --output is the way out where the runs folder is there for reading only.
+        say(f"{error} Its figures are in the model itself, too.")
 
 
 def _in_precision(

@@ -17,6 +17,10 @@ INFO: dict[str, Any] = {
 }
 
 
+# A run in progress has a writer that lives: whose writer is gone was killed.
+_WRITING: list[RunWriter] = []
+
+
 def record(phase: Phase, epoch: int, phase_epoch: int, accuracy: float) -> EpochRecord:
     """Loss is 1 - accuracy; training is 0.05 better; an epoch takes two seconds."""
     trained = phase_epoch > 0
@@ -57,6 +61,8 @@ def write_run(
     if done:
         writer.end_phase(first_epoch + len(accuracies) - 1)
         writer.close("done")
+    else:
+        _WRITING.append(writer)
     return writer
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import trainer.cache
 from trainer.__main__ import main
-from trainer.cache import Cache, Key, format_size, list_entries, parse_size
+from trainer.cache import Cache, Entry, Key, format_size, list_entries, parse_size
 from trainer.rows import Header, Layout, RowFile
 
 LAYOUT = Layout((("float32", (2, 3)), ("uint8", (5,))))
@@ -140,6 +141,28 @@ def test_a_run_does_not_evict_what_it_uses_itself(
     assert cache.open(key(1), LAYOUT, 10) is not None
 
 
+def test_thousands_of_files_do_not_make_the_next_one_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+    look = trainer.cache.list_entries
+
+    def counted(folder: Path) -> list[Entry]:
+        nonlocal looks
+        looks += 1
+        return look(folder)
+
+    monkeypatch.setattr(trainer.cache, "list_entries", counted)
+    monkeypatch.setattr(trainer.cache, "_LISTED_SECONDS", 1e9)
+    size = LAYOUT.file_bytes(10)
+    cache = Cache(tmp_path, 40 * size)
+    assert all(cache.open(key(number), LAYOUT, 10) for number in range(40))
+    assert looks == 1
+    assert cache.open(key(40), LAYOUT, 10) is None  # all are its own
+    assert looks == 2
+    assert sum(entry.bytes for entry in look(tmp_path / "rows")) == 40 * size
+
+
 def test_a_full_disk_is_left_some_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.cache._SPARE_BYTES", 1 << 60)
     assert Cache(tmp_path, 10**6).open(key(0), LAYOUT, 10) is None
@@ -147,13 +170,12 @@ def test_a_full_disk_is_left_some_space(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_a_killed_process_left_behind_is_swept_up(tmp_path: Path) -> None:
-    cache = Cache(tmp_path, 10**6)
-    assert cache.open(key(0), LAYOUT, 10) is not None
+    assert Cache(tmp_path, 10**6).open(key(0), LAYOUT, 10) is not None
     old, new = tmp_path / "rows" / ".abc.new", tmp_path / "rows" / ".def.new"
     for path in (old, new):
         path.write_bytes(b"half a file")
     age(old, 7200)
-    assert cache.open(key(1), LAYOUT, 10) is not None
+    assert Cache(tmp_path, 10**6).open(key(1), LAYOUT, 10) is not None
     assert (old.exists(), new.exists()) == (False, True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -48,6 +47,7 @@ from explorer.gallery import chosen_photos, photo_path, photo_table, small_jpeg
 from tests.explorer_runs import write_run, write_trunk
 from trainer.evidence import EvidenceError, Predictions, compare
 from trainer.preprocess import PhotoError
+from trainer.runlog import RunWriter, read_run
 
 NAMES: Names = ("Before unfreezing", "After unfreezing")
 CLASSES = ("daisy", "rose", "tulip")
@@ -671,8 +671,8 @@ def test_runs_without_a_change_say_why(runs: Path) -> None:
 
 def test_a_run_that_goes_on_is_said(runs: Path) -> None:
     run = write(runs)
-    info = json.loads((runs / run / "run.json").read_text())
-    (runs / run / "run.json").write_text(json.dumps(info | {"status": "running"}))
+    writer = RunWriter.reopen(read_run(runs / run), 4)
     app = page()
     assert not app.exception
     assert any("best epoch so far" in block.value for block in app.caption)
+    writer.close("done")

@@ -273,8 +273,8 @@ def test_what_is_removed_is_forgotten() -> None:
 def test_large_photos_are_not_decoded_all_at_once() -> None:
     side = int((MAX_PIXELS * 0.9) ** 0.5)
     large = io.BytesIO()
-    Image.new("1", (side, side)).save(large, "PNG")
-    photos = [Upload(f"{n}", "large.png", large.getvalue()) for n in range(5)]
+    Image.new("L", (side, side)).save(large, "JPEG")
+    photos = [Upload(f"{n}", "large.jpg", large.getvalue()) for n in range(5)]
     sizes = [len(group) for group in _batches([*photos, *uploads(3)])]
     assert sizes == [2, 2, 4]
 

@@ -28,6 +28,7 @@ from export import to_onnx
 from export.card import card_path
 from export.parity import _refusal
 from export.precision import LARGEST_LOSS, PRECISIONS, Parity, Precision
+from export.seal import seal
 from export.to_onnx import export_run
 from tests.explorer_runs import write_finetune, write_trunk
 from tests.test_export import CLASSES, make_run
@@ -273,7 +274,16 @@ def other_model(run: Run) -> None:
     path = model_path(run, "after")
     model = onnx.load(path)
     model.doc_string = "touched"
-    onnx.save(model, path)
+    del model.metadata_props[-1]  # the seal
+    content = model.SerializeToString()
+    path.write_bytes(content + seal(content))
+
+
+def damaged_model(run: Run) -> None:
+    path = model_path(run, "after")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def foreign_model(run: Run) -> None:
@@ -292,6 +302,7 @@ HARMS: list[tuple[Callable[[Run], object], str]] = [
     (cut_model, "model.onnx is damaged: it is not an ONNX file, or only a part of one."),
     (foreign_model, "it was not written by Thaw"),
     (other_model, "not the file that was measured"),
+    (damaged_model, "its SHA-256 does not match"),
     (without_figure, "of an older Thaw: it has no tolerance"),
     (lambda run: (run.path / "parity.json").unlink(), "parity.json is not there"),
     (lambda run: (run.path / "parity.json").write_text("{"), "damaged or was changed by hand"),

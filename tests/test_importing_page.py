@@ -154,7 +154,8 @@ def test_logs_that_are_left_out_are_listed(runs: Path, logs: Path) -> None:
     (logs / "data.csv").write_text("photo,label\n")
     app = open_page(path=str(logs))
     assert app.expander[0].label == "1 left out"
-    assert "without a column named epoch" in app.table[0].value["Why"].iloc[0]
+    [left_out] = [one.value for one in app.dataframe if "Why" in one.value]
+    assert "without a column named epoch" in left_out["Why"].iloc[0]
 
 
 def test_an_accuracy_that_is_not_known_can_be_named(runs: Path, tmp_path: Path) -> None:

@@ -27,9 +27,11 @@ from export import classifier as classifiers
 from export import session as sessions
 from export.classifier import InferenceError
 from export.infer import Classifier, Result, find_photos, main
+from export.seal import seal
 from export.session import Session
 from export.to_onnx import export_run
 from tests.test_export import CLASSES, PREPROCESS, make_run
+from tests.test_hostile_images import BOMBS
 from trainer.cli import inert, inert_cell
 from trainer.preprocess import load_photo
 from trainer.process import usable_cores
@@ -121,6 +123,20 @@ def test_a_bad_photo_is_listed_and_does_not_stop(
         assert json.loads(out)["results"][0]["error"].startswith("not an image")
 
 
+def test_files_that_ask_for_too_much_are_listed_and_do_not_stop(
+    model: Path, data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    for name, (make, _) in list(BOMBS.items())[:5]:
+        (tmp_path / f"{name}.jpg").write_bytes(make())
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    assert main([str(model), str(tmp_path), str(data / "rose"), "--json"]) == 1
+    out, err = capsys.readouterr()
+    results = json.loads(out)["results"]
+    assert ["error" in result for result in results] == [True] * 7 + [False] * 4
+    assert err.count("failed: ") == 7
+
+
 def test_only_bad_photos(model: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"")
     assert main([str(model), str(tmp_path)]) == 1
@@ -191,9 +207,11 @@ def test_damaged_metadata(
     model: Path, tmp_path: Path, data: Path, key: str, value: str, message: str, capsys: Capture
 ) -> None:
     changed = onnx.load(model)
+    del changed.metadata_props[-1]  # the seal
     for entry in changed.metadata_props:
         entry.value = value if entry.key == key else entry.value
-    onnx.save(changed, tmp_path / "m.onnx")
+    content = changed.SerializeToString()
+    (tmp_path / "m.onnx").write_bytes(content + seal(content))
     assert message in refused([str(tmp_path / "m.onnx"), str(data)], capsys)
 
 
@@ -201,7 +219,10 @@ def test_external_data(
     model: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     path = tmp_path / "m.onnx"
-    onnx.save(onnx.load(model), path, save_as_external_data=True, location="w", size_threshold=0)
+    outside = onnx.load(model)
+    del outside.metadata_props[-1]  # the seal
+    onnx.save(outside, path, save_as_external_data=True, location="w", size_threshold=0)
+    path.write_bytes(path.read_bytes() + seal(path.read_bytes()))
     monkeypatch.chdir(tmp_path)  # where ONNX Runtime would look for it
     assert "another file" in refused([str(path), str(data)], capsys)
 
@@ -484,7 +505,7 @@ def test_a_clean_environment_is_enough(model: Path, data: Path, tmp_path: Path) 
     assert installed.returncode == 0, installed.stderr
     shutil.copytree(REPOSITORY / "export", tmp_path / "export")
     (tmp_path / "trainer").mkdir()
-    for name in ("__init__", "cli", "config", "preprocess", "process", "schema"):
+    for name in ("__init__", "cli", "config", "files", "intake", "preprocess", "process", "schema"):
         shutil.copy(REPOSITORY / "trainer" / f"{name}.py", tmp_path / "trainer")
 
     def alone(*command: str) -> subprocess.CompletedProcess[str]:

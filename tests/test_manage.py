@@ -87,7 +87,7 @@ def test_a_run_that_is_being_written_stays(tmp_path: Path) -> None:
 def test_a_killed_training_does_not_keep_its_run(tmp_path: Path) -> None:
     writer = write_run(tmp_path, "killed", [0.5], done=False)
     writer._metrics.close()  # as the end of its process does
-    assert read_run(writer.path).status == "running"
+    assert read_run(writer.path).status == "interrupted"
     assert delete(tmp_path, [writer.run_id]) == []
 
 

@@ -154,7 +154,7 @@ def test_broken_photos_by_name_and_reason(folder: Path, capsys: pytest.CaptureFi
     (folder / "tulips" / "08.jpg").write_bytes(content[: len(content) // 2])
     text = report(folder, capsys)
     assert "Broken photos: 2." in text
-    assert "roses/00.jpg: not an image in a format that Pillow reads" in text
+    assert "roses/00.jpg: not an image in a format that Thaw reads" in text
     assert "tulips/08.jpg: OSError: image file is truncated" in text
 
 

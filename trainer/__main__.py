@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from types import FrameType
 from typing import Any, Final, NoReturn, get_args
 
 from trainer.cache import parse_size
-from trainer.cli import guarded
+from trainer.cli import guarded, inert
 from trainer.config import (
     DEFAULT_LR,
     Augmentation,
@@ -20,8 +21,10 @@ from trainer.config import (
     Precision,
     Schedule,
     default_cache_dir,
+    whole,
 )
 from trainer.process import prepare_process, restart_with_huge_pages
+from trainer.runlog import Run
 from trainer.schema import PHASES
 
 _EPILOG: Final = """\
@@ -30,6 +33,7 @@ examples:
   python -m trainer --phase transfer --data photos/       the head, on your own class folders
   python -m trainer --phase finetune --data photos/ --unfreeze 20 --lr 1e-5
   python -m trainer sweep --lr 1e-4 1e-6 --unfreeze 20 all   many finetunes from one parent
+  python -m trainer --resume auto                         go on where it was interrupted
   python -m trainer run oregon-transfer                   an experiment of the labs (recipes: all)
   python -m trainer test RUN                              the best checkpoint on the test photos
   python -m trainer import logs/                          runs from the logs of other tools
@@ -243,6 +247,12 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--run-name", metavar="S", help="part of the run's folder name")
     group.add_argument("--runs-dir", type=Path, metavar="DIR", help="(runs)")
+    group.add_argument(
+        "--resume",
+        metavar="RUN|auto",
+        help="go on with an interrupted run, or the newest one (auto), as its run.json says; "
+        "beside it only --runs-dir and the flags of the cache",
+    )
 
 
 def _add_speed(group: argparse._ArgumentGroup) -> None:
@@ -260,6 +270,11 @@ def _add_speed(group: argparse._ArgumentGroup) -> None:
         help="bf16: let the frozen part run in bfloat16 where that is clearly faster, a few "
         "percent off and so another training (fp32)",
     )
+    add_cache(group)
+
+
+def add_cache(group: argparse._ActionsContainer) -> None:
+    """What is kept to save time, and where."""
     group.add_argument(
         "--no-cache",
         dest="cache",
@@ -277,7 +292,8 @@ def _add_speed(group: argparse._ArgumentGroup) -> None:
 
 
 def _views(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
+    number = whole(text)
+    return text if number is None else number
 
 
 def _size(text: str) -> int:
@@ -290,10 +306,10 @@ def _size(text: str) -> int:
 def _head(text: str) -> tuple[int, ...]:
     if text == "linear":
         return ()
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
+    sizes = [whole(part.strip()) for part in text.split(",")]
+    if None in sizes:
         raise argparse.ArgumentTypeError(f"{text}: must be linear or sizes such as 512,256")
-    return tuple(int(part) for part in parts)
+    return tuple(size for size in sizes if size is not None)
 
 
 _COMMANDS: Final = {
@@ -312,7 +328,10 @@ _PHOTOS: Final = ("brightness", "contrast", "color", "rotation", "crop_from", "n
 
 def parse(argv: list[str] | None = None) -> Config:
     """Flags -> Config. Raises ThawError for values that make no sense."""
-    arguments = vars(build_parser().parse_args(argv))
+    parser = build_parser()
+    arguments = vars(parser.parse_args(argv))
+    if [] in arguments.values():  # what argparse makes of `--lr=--`
+        parser.error("-- is no value; give one, or leave the flag away")
     return config_of({name: value for name, value in arguments.items() if value is not None})
 
 
@@ -324,19 +343,35 @@ def config_of(settings: Mapping[str, Any]) -> Config:
     return Config(schedule=schedule, augmentation=augmentation, **given)
 
 
-def terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """A signal handler: ends the process so that what is being trained is kept first."""
-    signal.signal(number, signal.SIG_DFL)  # a second signal stops at once
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+def stop_on_signals() -> None:
+    """The first SIGTERM or SIGINT ends the process so that what is being trained is kept; the
+    second stops it at once."""
+    for number in _SIGNALS:
+        signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    for one in _SIGNALS:
+        signal.signal(one, signal.SIG_DFL)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     raise SystemExit(128 + number)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 a mistake of the user's."""
-    signal.signal(signal.SIGTERM, terminate)
     arguments = sys.argv[1:] if argv is None else argv
+    stop_on_signals()
+    command: Callable[[list[str]], int]
     if arguments[:1] and arguments[0] in _COMMANDS:
-        command: Callable[[list[str]], int] = import_module(_COMMANDS[arguments[0]]).main
+        command = import_module(_COMMANDS[arguments[0]]).main
         return command(arguments[1:])
+    if any(word.partition("=")[0] == "--resume" for word in arguments):
+        command = import_module("trainer.resume_command").main
+        return command(arguments)
     return guarded(lambda: _train(parse(arguments)))
 
 
@@ -344,7 +379,18 @@ def _train(config: Config) -> int:
     prepare_process()
     from trainer.fit import fit  # imports torch: --help and wrong flags need not wait for it
 
-    run = fit(config)
+    return told(config.runs_dir, lambda: fit(config))
+
+
+def told(runs_dir: Path, training: Callable[[], Run]) -> int:
+    """Train, and say what can be done next, also where it was interrupted; returns 0."""
+    try:
+        run = training()
+    except (KeyboardInterrupt, SystemExit):
+        where = [] if runs_dir == Config.runs_dir else ["--runs-dir", str(runs_dir)]
+        words = ["python", "-m", "trainer", "--resume", "auto", *where]
+        print(f"To go on:  {inert(shlex.join(words))}")
+        raise
     print("Compare the runs:  streamlit run streamlit_app.py")
     print(f"Export this one:   python -m export {run.run_id}")
     return 0

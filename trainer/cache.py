@@ -7,9 +7,11 @@ deleted at any time: what is missing is computed again. Numpy and standard libra
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -29,6 +31,8 @@ _SUFFIX: Final = ".rows"
 _SPARE_BYTES: Final = 1 << 30
 # Making a file takes a moment; after this nobody is making it any more.
 _ABANDONED_SECONDS: Final = 3600
+# For how long a process goes by its own count of the cache's bytes, while others add to it.
+_LISTED_SECONDS: Final = 5.0
 # Modules whose code decides what is in a cache; a change in any of them changes every key.
 _CODE: Final = ("augment.py", "forms.py", "frozen.py", "model.py", "prefix.py", "preprocess.py")
 
@@ -83,6 +87,7 @@ class Cache:
         self._limit = limit
         self._opened: set[Path] = set()
         self._full = False
+        self._total, self._listed = 0, -math.inf
 
     def open(self, key: Key, layout: Layout, rows: int) -> RowFile | None:
         """The file of this key, whatever of its rows are there, or None where it cannot be kept."""
@@ -109,7 +114,8 @@ class Cache:
             return None
         # A shared folder of somebody else's: its files stay as they are.
         if os.access(path, os.W_OK):
-            os.utime(path)
+            with contextlib.suppress(OSError):  # another process may have made room just now
+                os.utime(path)
         return file
 
     def _create(self, path: Path, header: Header) -> RowFile | None:
@@ -126,6 +132,20 @@ class Cache:
 
     def _make_room(self, size: int) -> None:
         """Raises OSError where it cannot be made."""
+        # Looking at all files takes longer the more there are, and a run makes one every epoch.
+        stale = time.monotonic() - self._listed > _LISTED_SECONDS
+        if stale or self._total + size > self._limit:
+            self._total, self._listed = self._evict(size), time.monotonic()
+        if self._total + size > self._limit:
+            limit = format_size(self._limit)
+            raise OSError(0, f"no more room within --cache-limit {limit}")
+        if shutil.disk_usage(self._folder).free < size + _SPARE_BYTES:
+            raise OSError(0, "the disk is full")
+        self._total += size
+
+    def _evict(self, size: int) -> int:
+        """Remove what was not used for longest until a file of `size` fits; what all files that are
+        left take, in bytes."""
         _sweep_up(self._folder)
         entries = sorted(list_entries(self._folder), key=lambda entry: entry.used)
         total = sum(entry.bytes for entry in entries)
@@ -134,11 +154,7 @@ class Cache:
         while total + size > self._limit and removable:
             total -= removable[0].bytes
             _remove(removable.pop(0).path)
-        if total + size > self._limit:
-            limit = format_size(self._limit)
-            raise OSError(0, f"no more room within --cache-limit {limit}")
-        if shutil.disk_usage(self._folder).free < size + _SPARE_BYTES:
-            raise OSError(0, "the disk is full")
+        return total
 
     def _stream(self, reason: str | None) -> None:
         if not self._full:
@@ -197,7 +213,10 @@ def parse_size(text: str) -> int:
     number = text.strip().rstrip("BbKkMmGgTt ")
     unit = text.strip()[len(number) :].strip().upper()
     unit = unit if unit.endswith("B") or not unit else f"{unit}B"
-    size = float(number) * _UNITS[unit] if unit in _UNITS else -1
+    try:
+        size = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        size = -1
     if not 0 <= size < 1e18:
         raise ValueError(f"{text}: must be a size such as 20GB")
     return int(size)

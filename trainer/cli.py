@@ -12,8 +12,9 @@ from trainer.schema import ThawError
 def guarded(command: Callable[[], int]) -> int:
     """Run a command; returns its exit status.
 
-    2 for a ThawError, printed as `error: ...`; 130 when interrupted; 141 when the reader of our
-    output went away (`| head`), both as a shell reports them.
+    2 for a ThawError and for what the file system refuses, printed as `error: ...`; 130 when
+    interrupted; 141 when the reader of our output went away (`| head`), both as a shell reports
+    them.
     """
     try:
         status = command()
@@ -28,6 +29,11 @@ def guarded(command: Callable[[], int]) -> int:
         # Otherwise the interpreter's own flush at exit prints the error we have just handled.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        named = isinstance(error.filename, str | bytes)
+        where = f"{os.fsdecode(error.filename)}: " if named else ""
+        print("error:", inert(f"{where}{error.strerror or error}."), file=sys.stderr)
+        return 2
     return status
 
 

@@ -249,12 +249,15 @@ class Config:
         found = [(0, self.unfreeze)]
         for text in self.gradual.split(",") if self.gradual is not None else ():
             which, _, after = (part.strip() for part in text.rpartition("@"))
-            if not which or not after.isdecimal() or int(after) <= found[-1][0]:
+            if not which or (whole(after) or 0) <= found[-1][0]:
                 raise ConfigError(
                     f"--gradual {self.gradual}: must be what is freed @ after which epoch, the "
                     "epochs rising from 1, such as 20@5,all@10."
                 )
-            found.append((int(after), which))
+            found.append((int(after), which))  # whole, as was just seen
+        for _, which in found:
+            wrong = which.isdecimal() and whole(which) is None
+            _check(not wrong, "--unfreeze", which, "a number of layers, all, or a module's name")
         return tuple(found)
 
     @property
@@ -274,6 +277,11 @@ class Config:
             "lr": self.learning_rate,
             "group_by": self.grouping,
         }
+
+
+def whole(text: str) -> int | None:
+    """The whole number that a flag was given, of at most nine digits; None where it is none."""
+    return int(text) if text.isdecimal() and len(text) <= 9 else None
 
 
 def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:

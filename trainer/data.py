@@ -20,8 +20,9 @@ from tqdm import tqdm
 from trainer.cache import Cache, Key, say
 from trainer.cli import inert
 from trainer.config import Augmentation, Config
+from trainer.intake import PhotoError, read_photo
 from trainer.listing import DataError, Item, Listing, check_counts, list_photos
-from trainer.preprocess import Photo, PhotoError, load_photo
+from trainer.preprocess import Photo, load_photo
 from trainer.process import usable_cores
 from trainer.rows import Header, Layout, RowFile, Rows
 from trainer.schema import Preprocess
@@ -175,9 +176,9 @@ def _hash_all(root: Path, items: list[Item], rejected: dict[str, str]) -> dict[s
 
     def digest(item: Item) -> str | None:
         try:
-            return hashlib.sha256((root / item.file).read_bytes()).hexdigest()
-        except OSError as error:
-            rejected[item.file] = str(error.strerror)
+            return hashlib.sha256(read_photo(root / item.file)).hexdigest()
+        except PhotoError as error:
+            rejected[item.file] = str(error)
             return None
 
     with ThreadPoolExecutor(usable_cores()) as pool:
@@ -233,7 +234,7 @@ class _Decoder:
             self._name,
             tuple(item.file for item in kept),
             np.array([item.label for item in kept], np.int64),
-            PhotoRows(file, good, self._decode),
+            PhotoRows(file, good, self._decode_again),
             self._key(kept).digest,
         )
 
@@ -279,13 +280,24 @@ class _Decoder:
         return reasons
 
     def _decode(self, row: int) -> Photo:
-        """uint8 [S, S, 3]. Raises PhotoError."""
-        path = self._root / self._items[row].file
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise PhotoError(str(error.strerror)) from error
+        """uint8 [S, S, 3]. Raises PhotoError, also where the file is not the one that was listed:
+        under its hash the cache would keep another photo."""
+        content = read_photo(self._path(row))
+        if hashlib.sha256(content).hexdigest() != self._hashes[self._items[row].file]:
+            raise PhotoError("it was changed while the photos were read")
         return load_photo(io.BytesIO(content), self._preprocess)
+
+    def _decode_again(self, row: int) -> Photo:
+        try:
+            return self._decode(row)
+        except PhotoError as error:
+            raise DataError(
+                f"A decoded photo is damaged in the cache, and {self._path(row)} cannot be decoded "
+                f"again: {error}. Put the photo back as it was, or start again without it."
+            ) from error
+
+    def _path(self, row: int) -> Path:
+        return self._root / self._items[row].file
 
 
 def _pixels(preprocess: Preprocess) -> list[Any]:

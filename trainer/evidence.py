@@ -6,6 +6,7 @@ Needs numpy, never torch.
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.files import open_regular
 from trainer.schema import ThawError
 
 _CONFIDENCE: Final = 0.95
 SIGNIFICANT: Final = 1 - _CONFIDENCE
+_MOST_BYTES: Final = 1_000_000_000  # the logits of 250,000 photos and 1,000 classes
 FEW: Final = 30  # photos; a share of fewer says little
 
 
@@ -62,6 +65,10 @@ def load_logits(path: Path) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray
     """What a run saved: file names, labels [N] and logits [N, classes]. Raises EvidenceError with
     the reason."""
     try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > _MOST_BYTES:
+            raise EvidenceError(f"unpacked they have {size / 1e9:,.1f} GB")
         with np.load(path, allow_pickle=False) as content:
             logits, labels, files = (content[name] for name in ("logits", "labels", "files"))
     except Exception as error:  # damaged archives and arrays raise a dozen kinds
@@ -77,6 +84,8 @@ def _problem(logits: NDArray[Any], labels: NDArray[Any], files: NDArray[Any]) ->
         return "their parts do not fit"
     if logits.dtype.kind != "f" or labels.dtype.kind not in "iu" or files.dtype.kind != "U":
         return "their parts have the wrong type"
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        return "labels outside the classes"
     return ""
 
 

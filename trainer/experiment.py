@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -33,7 +32,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from trainer.grid import SWEPT, SweepError
-from trainer.recipe import build_sweep_parser, flags_by_name, read_setting, unknown_setting
+from trainer.recipe import (
+    build_sweep_parser,
+    flags_by_name,
+    read_setting,
+    read_toml,
+    unknown_setting,
+)
 from trainer.runlog import Run
 
 FIGURES: Final = (
@@ -139,7 +144,7 @@ def find_experiment(name: str) -> Experiment:
 def read_experiment(path: Path) -> Experiment:
     """Read and check a recipe. Raises ExperimentError."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = read_toml(path)
     except OSError as error:
         raise ExperimentError(f"The recipe {path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

@@ -18,8 +18,8 @@ from trainer.model import DEFAULT_ARCH, ModelSpec, build_model, check_takes
 from trainer.phase import PhaseRun, pretrained_labels
 from trainer.progress import Progress, summary
 from trainer.ranking import count
-from trainer.resume import Resume, find_resume
-from trainer.runlog import Run, check_writable, find_run, list_runs, read_run
+from trainer.resume import Resume, find_resume, resume_of
+from trainer.runlog import Run, check_writable, find_run, is_being_written, list_runs, read_run
 from trainer.schema import Preprocess, Status, ThawError
 from trainer.start import (
     Start,
@@ -55,6 +55,27 @@ def fit(config: Config, go_on: bool = False, once: bool = False) -> Run:
     if once and (done := _earlier(job, "done")):
         return done
     return _train_alone(job, _earlier(job, "interrupted", "running") if go_on else None)
+
+
+def go_on_with(run: Run, config: Config) -> Run:
+    """Train an interrupted run to its end, as `config`, its own settings, says. Raises ThawError.
+
+    One that was stopped before its first checkpoint begins anew, in the same folder.
+    """
+    check_before_work(config)
+    job = prepare_without_training(config)
+    if not run.checkpoint(f"{config.phase}-last").is_file():
+        print(f"Run {run.run_id} was stopped before its first checkpoint; it begins anew.")
+        return _train_alone(job, again=run)
+    fingerprint, origin = job.photos.fingerprint, job.start.origin
+    resume_of(run, config.phase, fingerprint, origin)  # says why, where it cannot go on
+    return _train_alone(job, run)
+
+
+def finetune_after(trunk: Run, config: Config) -> Run:
+    """Train the finetune phase that a transfer run was trained for. Raises ThawError."""
+    preprocess = Preprocess.from_dict(trunk.info["preprocess"])
+    return _train_alone(_from_run(config, trunk, load_photos(config, preprocess)))
 
 
 def _earlier(job: Job, *statuses: Status) -> Run | None:
@@ -146,16 +167,26 @@ def _transfer_first(config: Config, photos: Photos) -> Run:
     print(
         "No finished transfer run of this data and architecture: running the transfer phase first."
     )
-    return _train_alone(prepare(trunk(config), photos))
+    return _train_alone(prepare(trunk(config), photos), then=config)
 
 
-def _train_alone(job: Job, interrupted: Run | None = None) -> Run:
+def _train_alone(
+    job: Job,
+    interrupted: Run | None = None,
+    again: Run | None = None,
+    then: Config | None = None,
+) -> Run:
+    """Train one run: go on with `interrupted`, or begin in the folder of `again`, or in a new one.
+    `then` is what it is trained for, if it is not wanted for itself."""
     config, photos = job.config, job.photos
     _introduce(photos)
     resume = _resume(job, interrupted)
     with Progress(_photos_to_train(job, resume)) as progress:
         _say_where([0], [job], [resume])
-        member = Member(config, job.start, config.phase, resume=resume)
+        extra = {} if then is None else {"then": then.to_dict()}
+        if again is not None and "then" in again.info:
+            extra = {"then": again.info["then"]}
+        member = Member(config, job.start, config.phase, extra, resume, again)
         (run,) = train_together([member], photos, progress)
         seconds = progress.seconds
     if run.error is not None:
@@ -197,6 +228,9 @@ def fit_together(
     jobs = _jobs(configs)
     _introduce(jobs[0].photos)
     resumes = [_resume(job, interrupted.get(i)) for i, job in enumerate(jobs)]
+    for group in _groups(jobs):
+        _even_out(group, resumes)
+    again = {i: run for i, run in interrupted.items() if _begins_again(run, jobs[i], resumes[i])}
     groups = [_by_epoch(group, resumes) for group in _groups(jobs)]
     firsts = [part[0] for parts in groups for part in parts]
     photos = sum(_photos_to_train(jobs[first], resumes[first]) for first in firsts)
@@ -216,12 +250,34 @@ def fit_together(
                         sweep.places[i].group,
                         {"sweep": sweep.entry(i)},
                         resumes[i],
+                        again.get(i),
                     )
                     for i in part
                 ]
                 runs = train_together(members, jobs[part[0]].photos, progress, beside)
                 done |= {i: read_run(run.writer.path) for i, run in zip(part, runs, strict=True)}
     return [done[i] for i in range(len(configs))]
+
+
+def _even_out(group: Sequence[int], resumes: list[Resume | None]) -> None:
+    """Members that trained together and were killed while they wrote what they had reached: those
+    an epoch ahead of the others go back by one, so that all go on together, rounded alike."""
+    known = [one for i in group if (one := resumes[i]) is not None]
+    if not known:
+        return
+    least = min(one.phase_epoch for one in known)
+    for i in group:
+        one = resumes[i]
+        if one is not None and one.earlier is not None and one.earlier.phase_epoch == least:
+            resumes[i] = one.earlier
+    if least == 0 and any(resumes[i] is None for i in group):
+        for i in group:
+            resumes[i] = None
+
+
+def _begins_again(run: Run, job: Job, resume: Resume | None) -> bool:
+    """Whether a run, of which nothing is kept but maybe its epoch 0, is trained in its folder."""
+    return resume is None and len(run.epochs) <= 1 and not is_being_written(run)
 
 
 def _by_epoch(group: Sequence[int], resumes: Sequence[Resume | None]) -> list[list[int]]:

@@ -208,10 +208,13 @@ class Source:
         """Compute the open view where it is not in the cache, with a bar of its own."""
         if self._file is None:
             return
-        missing = np.flatnonzero(~self._file.has(np.arange(len(self.split))))
-        starts = range(0, len(missing), batch_size)
-        for s in tqdm(starts, "Computing what is frozen", unit="batch", leave=False, disable=None):
-            self._first(missing[s : s + batch_size])
+        rows = np.arange(len(self.split))
+        batches = [rows[s : s + batch_size] for s in range(0, len(rows), batch_size)]
+        missing = [batch for batch in batches if not self._file.has(batch).all()]
+        for batch in tqdm(
+            missing, "Computing what is frozen", unit="batch", leave=False, disable=None
+        ):
+            self._first(batch)
 
     def batch(self, rows: Rows) -> Batch:
         return Batch(self, rows)
@@ -247,9 +250,9 @@ class Source:
             say(f"{file.damaged} damaged rows in the cache are computed again.")
             self._damage_said = file.damaged
         if not good.all():
-            computed = self._compute(rows[~good])
-            for value, new in zip(values, computed, strict=True):
-                value[~good] = new.cpu().numpy()
+            # The whole batch, though a process that was killed has left a part of it: a single
+            # photo is rounded differently, and the run would not be what it would have been.
+            return self._compute(rows)
         return tuple(torch.from_numpy(value).to(self.engine.device) for value in values)
 
     def _compute(self, rows: Rows) -> Activations:

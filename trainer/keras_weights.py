@@ -110,10 +110,19 @@ def _layers(path: Path, file: Any) -> dict[str, dict[str, Any]]:
         raise KerasError(f"--weights {path} is an HDF5 file without Keras layers.")
     layers = {name: group[name] for name in names}
     tensors = {
-        name: {_role(each): layer[each] for each in _attribute(layer, "weight_names")}
+        name: {
+            _role(each): _own(path, file, layer[each]) for each in _attribute(layer, "weight_names")
+        }
         for name, layer in layers.items()
     }
     return {name: found for name, found in tensors.items() if found}
+
+
+def _own(path: Path, file: Any, dataset: Any) -> Any:
+    """HDF5 can link to other files, and take the bytes of a tensor from any file of this disk."""
+    if dataset.file.filename != file.filename or dataset.external or dataset.is_virtual:
+        raise KerasError(f"--weights {path} refers to other files, and Thaw reads none but itself.")
+    return dataset
 
 
 def _attribute(group: Any, name: str) -> list[str]:

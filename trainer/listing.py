@@ -135,6 +135,9 @@ def _class_folders(root: Path) -> tuple[tuple[str, ...], list[list[str]], tuple[
     """Class names, their photos (relative to `root`), and what the user should know."""
     classes, files, notices = [], [], []
     for folder in folders_in(root):
+        if folder.is_symlink() and root.resolve().is_relative_to(folder.resolve()):
+            notices.append(f"{folder.name}: a link back to {folder.resolve()}, left out.")
+            continue
         photos, others = _photos_below(folder)
         if others:
             notices.append(f"{folder.name}: {others} files without a photo suffix were left out.")
@@ -147,8 +150,14 @@ def _class_folders(root: Path) -> tuple[tuple[str, ...], list[list[str]], tuple[
 
 
 def _photos_below(folder: Path) -> tuple[list[Path], int]:
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"Cannot read the folder {error.filename}: {error.strerror}. Make it readable, or move "
+            "it away: photos that are left out unnoticed would change the split."
+        )
+
     photos, others = [], 0
-    for base, folders, names in os.walk(folder):  # does not follow links, so no loops
+    for base, folders, names in os.walk(folder, onerror=refuse):  # follows no links, so no loops
         folders[:] = sorted(n for n in folders if not n.startswith("."))
         for name in sorted(names):
             path = Path(base) / name
@@ -217,7 +226,7 @@ def _told_of_lone_tracks(listing: Listing) -> Listing:
 def _without(listing: Listing, path: Path) -> Listing:
     """Taken away after the split, so that every other photo stays in its part."""
     excluded = read_excluded(path)
-    unknown = sorted(file for file in excluded if not (listing.root / file).is_file())
+    unknown = sorted(file for file in excluded if not _is_file(listing.root / file))
     if excluded and len(unknown) == len(excluded):
         raise DataError(
             f"None of the {len(excluded)} photos that --exclude-file {path} lists is in "
@@ -229,6 +238,13 @@ def _without(listing: Listing, path: Path) -> Listing:
     if unknown:
         notices.append(f"{len(unknown)} that it lists are not there, such as {unknown[0]}.")
     return replace(listing, items=items, notices=tuple(notices))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # above all: a name too long for the system
+        return False
 
 
 def read_excluded(path: Path) -> frozenset[str]:
@@ -294,7 +310,7 @@ def _from_split_file(name: str, root: Path, path: Path) -> Listing:
                 f"{path}, line {line}: expected class/photo.jpg and train, val or test, "
                 f"found {row['path']!r} and {row['split']!r}."
             )
-        if not (root / file).is_file():
+        if not _is_file(root / file):
             raise DataError(f"{path}, line {line}: there is no photo {root / file}.")
         found.append((file, parts[-2], split))
     twice = [file for file, count in Counter(f for f, _, _ in found).items() if count > 1]

@@ -13,28 +13,30 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from trainer.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from trainer.checkpoint import Checkpoint, save_checkpoint
 from trainer.config import Config, OptimizerName
 from trainer.data import Photos, Split
 from trainer.depth import distances
 from trainer.environment import peak_memory_bytes
 from trainer.graphs import TrainingForward
+from trainer.journal import Entry, Journal, Kept
 from trainer.loop import Evaluation, Objective, TrainingResult, diverged
 from trainer.model import head_name, set_train_mode, trainable_modules, trainable_parameters
 from trainer.prefix import Cut, Trace
 from trainer.resume import Resume
-from trainer.runlog import RunWriter, write_atomically
+from trainer.runlog import RunError, RunWriter, write_atomically
 from trainer.schedule import learning_rate
-from trainer.schema import EpochRecord, PhaseRecord, Status, ThawError, Unfreezing
+from trainer.schema import CHECKPOINTS, EpochRecord, PhaseRecord, Status, ThawError, Unfreezing
 from trainer.start import Start
 from trainer.tensorboard import TensorBoardLog
 from trainer.weight_change import weight_change
 
 # Checkpoints are written at least this often, and at the end. An epoch may take milliseconds, and
-# writing a network takes longer than that.
+# writing a network takes longer than that; the journal has every epoch.
 _SAVE_SECONDS: Final = 30.0
 
 
@@ -201,15 +203,6 @@ class Sample:
         )
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What changes in training, as it was after an epoch."""
-
-    record: EpochRecord
-    changed: dict[str, Tensor]
-    optimizer: dict[str, Any] | None
-
-
 class PhaseRun:
     """One phase in one run folder: records what is measured, keeps the best.
 
@@ -239,9 +232,9 @@ class PhaseRun:
         self.last: EpochRecord | None = None
         self.status: Status = "running"
         self.error: ThawError | None = None
-        self._unsaved: dict[str, _Kept] = {}
-        self._after: Evaluation | None = None
+        self._unsaved: dict[str, Kept] = {}
         self._saved = -math.inf
+        self._journal = Journal(writer.path / CHECKPOINTS, config.phase)
         self._board = TensorBoardLog(
             writer.path, None if resume is None else resume.checkpoint.epoch + 1
         )
@@ -292,6 +285,7 @@ class PhaseRun:
         with torch.no_grad():
             for name, value in self._changing():
                 value.copy_(resume.checkpoint.state_dict[name])
+        self._unsaved = dict(resume.unsaved)
         if resume.checkpoint.optimizer is not None:
             self.optimizer = self._new_optimizer()
             self.optimizer.load_state_dict(resume.checkpoint.optimizer)
@@ -313,10 +307,12 @@ class PhaseRun:
 
     def begin(self, evaluation: Evaluation, seconds: float) -> EpochRecord:
         """Epoch 0: what was there before any step."""
+        if not math.isfinite(evaluation.loss):
+            raise diverged(evaluation.loss, "the evaluation before any step")
         record = self._record(0, evaluation, None, seconds, len(self._val) / seconds)
         self.boundary = record
         if self.config.phase == "finetune":
-            self._save_predictions("before", evaluation)
+            self._save_predictions("before", evaluation.logits)
         self._keep("last", record)
         if self.config.phase == "direct":
             self._keep_best(record, evaluation)
@@ -347,8 +343,7 @@ class PhaseRun:
         self._keep("last", record)
         if self.best is None or record.rank > self.best.rank:
             self._keep_best(record, evaluation)
-        if time.monotonic() - self._saved > _SAVE_SECONDS:
-            self.save()
+        self._journal.write(Entry(self._unsaved["last"], self._unsaved.get("best")))
         patience = self.config.early_stop
         if patience is not None and self.best and phase_epoch - self.best.phase_epoch >= patience:
             text = f"Stopped early: no better validation accuracy for {patience} epochs."
@@ -364,8 +359,12 @@ class PhaseRun:
         self.status = status
         try:
             self.save()
+            self._journal.remove()
+        except ThawError as error:
+            if status == "done":  # but what it ends with is not on disk
+                self.status, status, reason = "failed", "failed", str(error)
+            raise
         finally:
-            self._board.close()
             if status == "done" and self.last is not None:
                 self.writer.end_phase(self.last.epoch)
                 self.writer.update(weight_change=self._weight_change())
@@ -387,19 +386,28 @@ class PhaseRun:
 
     def fail(self, error: ThawError) -> None:
         """End this run for a reason of its own; what it kept so far is written, if it can be."""
+        try:
+            self.writer.check_there()
+        except RunError as gone:  # whatever could not be written, this is why
+            error = gone
         self.error = error
         try:
             self.end("failed", str(error))
-        except CheckpointError:
+        except ThawError:
             self._unsaved.clear()  # the reason is already known
+
+    def save_sometimes(self) -> None:
+        """Call it when all that train together have written their journals of an epoch: what is
+        saved is then never ahead of any of them."""
+        if self.status == "running" and time.monotonic() - self._saved > _SAVE_SECONDS:
+            self.save()
 
     def save(self) -> None:
         """Write the checkpoints and predictions that are newer than those on disk."""
-        if self._after is not None:
-            self._save_predictions("after", self._after)
-            self._after = None
         for kind in ("best", "last"):  # a run goes on from the last: it is never ahead of the best
             if (kept := self._unsaved.get(kind)) is not None:
+                if kept.logits is not None:
+                    self._save_predictions("after", kept.logits)
                 path = self.writer.checkpoint(f"{self.config.phase}-{kind}")
                 save_checkpoint(path, self._checkpoint(kept))
                 del self._unsaved[kind]
@@ -443,8 +451,8 @@ class PhaseRun:
             peak_memory_bytes=peak_memory_bytes(self._device),
             time=time.time(),
         )
-        self.last = record
         self.writer.epoch(record)
+        self.last = record
         self._board.epoch(record)
         return record
 
@@ -462,28 +470,29 @@ class PhaseRun:
         )
 
     def _keep_best(self, record: EpochRecord, evaluation: Evaluation) -> None:
-        self.best, self._after = record, evaluation
-        self._keep("best", record)
+        self.best = record
+        self._keep("best", record, evaluation)
 
-    def _keep(self, kind: str, record: EpochRecord) -> None:
+    def _keep(self, kind: str, record: EpochRecord, evaluation: Evaluation | None = None) -> None:
         """Remember the network as it is now; written to disk from time to time."""
         changed = {name: value.clone() for name, value in self._changing()}
         stepped = kind == "last" and record.phase_epoch > 0
         optimizer = copy.deepcopy(self.optimizer.state_dict()) if stepped else None
-        self._unsaved[kind] = _Kept(record, changed, optimizer)
+        logits = None if evaluation is None else evaluation.logits
+        self._unsaved[kind] = Kept(record.epoch, changed, optimizer, logits)
 
-    def _checkpoint(self, kept: _Kept) -> Checkpoint:
-        start, record = self.start, kept.record
+    def _checkpoint(self, kept: Kept) -> Checkpoint:
+        start = self.start
         state = {
             name: value.detach().cpu().contiguous()
-            for name, value in (start.network.state_dict() | kept.changed).items()
+            for name, value in {**start.network.state_dict(), **kept.changed}.items()
         }
         return Checkpoint(
             start.spec,
             start.classes,
             start.preprocess,
-            record.phase,
-            record.epoch,
+            self.config.phase,
+            kept.epoch,
             state,
             optimizer=kept.optimizer,
         )
@@ -494,16 +503,20 @@ class PhaseRun:
             if owner in self.part.unfrozen or owner in self.part.training:
                 yield name, value
 
-    def _save_predictions(self, name: str, evaluation: Evaluation) -> None:
+    def _save_predictions(self, name: str, logits: NDArray[np.float32]) -> None:
         """Per-photo validation logits float32 [N, classes], labels int64 [N], files str [N]."""
         buffer = io.BytesIO()
         np.savez(
             buffer,
-            logits=evaluation.logits,
+            logits=logits,
             labels=self._val.labels,
             files=np.array(self._val.files, dtype=np.str_),
         )
-        write_atomically(self.writer.predictions(name), buffer.getvalue())
+        path = self.writer.predictions(name)
+        try:
+            write_atomically(path, buffer.getvalue())
+        except OSError as error:
+            raise RunError(f"Cannot write {path}: {error.strerror}.") from error
 
 
 def _head_size(network: nn.Module) -> int:

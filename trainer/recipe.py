@@ -123,10 +123,10 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     Raises SweepError with the key, its value and what is wanted.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = read_toml(path)
     except OSError as error:
         raise SweepError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SweepError(f"The recipe {path} is not valid TOML: {error}.") from error
     table = content.get("sweep")
     if not isinstance(table, dict) or len(content) > 1:
@@ -148,6 +148,13 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
             raise SweepError(f"{path}: {key} is there twice, with - and with _. Remove one.")
         settings[dest] = read
     return _given(settings)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises OSError, ValueError or RecursionError, also for numbers that no message could name."""
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+    repr(content)  # Python writes no number of more than 4,300 digits, but reads it as 0xfff...
+    return content
 
 
 def flags_by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

@@ -84,12 +84,30 @@ def resolved(run: Run) -> Config:
 
 def recorded(run: Run) -> Config:
     """The run's settings as run.json holds them. Raises ReproduceError."""
-    given = {k: v for k, v in run.info.get("config", {}).items() if v is not None}
-    if "imported" in run.info or "phase" not in given:
+    given = run.info.get("config", {})
+    if "imported" in run.info or given.get("phase") is None:
         raise ReproduceError(
             f"Run {run.run_id} was trained by another program, and only its log was imported. "
             "Train it again with that program."
         )
+    return _config(run, given)
+
+
+def follow_up(run: Run) -> Config | None:
+    """The settings of the finetune phase that a trunk was trained for; None where it was wanted for
+    itself. Raises ReproduceError."""
+    then, root = run.info.get("then"), run.info.get("dataset", {}).get("root")
+    if not isinstance(then, Mapping):
+        return None
+    config = dataclasses.replace(_config(run, then), runs_dir=run.path.parent)
+    if config.data not in (None, SAMPLE) and isinstance(root, str):
+        config = dataclasses.replace(config, data=root)
+    _check_files(config)
+    return config
+
+
+def _config(run: Run, settings: Mapping[str, Any]) -> Config:
+    given = {name: value for name, value in settings.items() if value is not None}
     paths = dict.fromkeys(("split_file", "exclude_file", "cache_dir", "runs_dir"), Path)
     kinds = {**paths, "head": tuple}
     try:

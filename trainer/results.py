@@ -13,13 +13,13 @@ from typing import Any, Final
 
 from trainer.cli import inert, inert_cell
 from trainer.experiment import FIGURES, Published
+from trainer.files import read_bounded
 from trainer.runlog import Run, RunError, write_atomically
 from trainer.tested import read_tested
 
 _NO_VALUE: Final = "–"
 _SUFFIX: Final = ".results.json"
 _SCHEMA_VERSION: Final = 1
-_MOST_BYTES: Final = 10_000_000
 HEADS: Final[Mapping[str, str]] = {
     "test_acc": "test acc",
     "test_loss": "test loss",
@@ -127,6 +127,8 @@ def list_tables(runs_dir: Path) -> tuple[dict[str, Table], dict[str, str]]:
     found: dict[str, Table] = {}
     broken: dict[str, str] = {}
     for path in sorted(runs_dir.glob(f"*{_SUFFIX}")):
+        if path.is_symlink():
+            continue  # what lies elsewhere is not this folder's
         name = path.name.removesuffix(_SUFFIX)
         try:
             found[name] = _read_table(path, name)
@@ -137,9 +139,7 @@ def list_tables(runs_dir: Path) -> tuple[dict[str, Table], dict[str, str]]:
 
 def _read_table(path: Path, name: str) -> Table:
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise RunError(f"{path} is too large to be an experiment's table.")
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bounded(path))
         entries = tuple(map(_read_entry, content["entries"]))
         return Table(name, _text(content["title"]), _text(content["data"]), entries)
     except OSError as error:

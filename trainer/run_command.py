@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from trainer.__main__ import config_of, terminate
+from trainer.__main__ import config_of, stop_on_signals
 from trainer.cli import guarded, inert
 from trainer.config import Config
 from trainer.experiment import Experiment, Stage, find_experiment
@@ -60,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 1 where a run failed, 2 for a mistake of
     the user's, 130 when interrupted."""
-    signal.signal(signal.SIGTERM, terminate)
+    stop_on_signals()
     return guarded(lambda: _run(vars(build_parser().parse_args(argv))))
 
 

@@ -7,12 +7,16 @@ unknown event or a newer schema never raises out of `list_runs`.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
+import glob
 import json
 import math
 import operator
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -20,8 +24,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Final, Literal
+from typing import IO, Any, Final, Literal, get_args
 
+from trainer.files import open_regular, read_bounded
 from trainer.schema import (
     CHECKPOINTS,
     EPOCH_FIELDS,
@@ -40,8 +45,17 @@ from trainer.schema import (
 )
 
 _RUN_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# Nobody but the run's own writer writes here.
+_OWN_FOLDERS: Final = (CHECKPOINTS, PREDICTIONS)
 _VALUES: Final = operator.itemgetter(*EPOCH_FIELDS)
 _NONE_BEFORE_ANY_STEP: Final = ("train_loss", "train_acc")
+_TEMPORARY: Final = ".tmp"
+# Writing a file takes seconds; after this nobody is writing it any more.
+_ABANDONED_SECONDS: Final = 3600.0
+# The disk is full, or the share of it that a user or a process may have.
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A reader that looks whether a run is written holds the lock for an instant.
+_LOCK_SECONDS: Final = 0.3
 _WHOLE_NUMBERS: Final = ("epoch", "phase_epoch", "trainable_params", "peak_memory_bytes")
 
 
@@ -50,8 +64,33 @@ class RunError(ThawError):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` whole or leave it as it was, also through a crash or a full disk."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    """Replace `path` whole or leave it as it was, also through a crash or a full disk.
+
+    Raises OSError, on a full disk saying how much space is left.
+    """
+    try:
+        _replace(path, content)
+    except OSError as error:
+        raise said_with_space(error, path) from error
+
+
+def said_with_space(error: OSError, path: Path) -> OSError:
+    """The error as it is, or where the disk of `path` is full, with what is left in its text."""
+    if error.errno not in _FULL:
+        return error
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError:
+        return error
+    space = f"{error.strerror}, {free / 1e6:,.1f} MB are free in {path.parent}"
+    return OSError(error.errno, space, str(path))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    remove_temporary(path.parent, glob.escape(path.name), _ABANDONED_SECONDS)
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY
+    )
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -62,6 +101,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_temporary(folder: Path, name: str, age: float) -> None:
+    """Remove what processes left behind that were killed while they wrote `folder`/`name`; `age`
+    in seconds is how long nobody may have touched it. `name` is a pattern."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f".{name}.*{_TEMPORARY}"):
+            if time.time() - path.stat().st_mtime >= age:
+                path.unlink(missing_ok=True)
 
 
 # --- writing ----------------------------------------------------------------------------------
@@ -76,11 +124,19 @@ class RunWriter:
     def __init__(self, path: Path, info: dict[str, Any]) -> None:
         self.path = path
         self.info = info
-        self._metrics = (path / METRICS_JSONL).open("a", encoding="utf-8")
-        if not _lock(self._metrics, fcntl.LOCK_EX):
+        try:
+            # Unbuffered: of a line that cannot be written nothing is left to be written later.
+            self._metrics = (path / METRICS_JSONL).open("ab", buffering=0)
+        except OSError as error:
+            raise _not_written(path / METRICS_JSONL, error) from error
+        self._log = os.fstat(self._metrics.fileno())
+        try:
+            if not _lock_patiently(self._metrics):
+                raise RunError(f"Run {path.name} is being written by another process.")
+            self._save()
+        except BaseException:
             self._metrics.close()
-            raise RunError(f"Run {path.name} is being written by another process.")
-        self._save()
+            raise
 
     @property
     def run_id(self) -> str:
@@ -93,9 +149,26 @@ class RunWriter:
         Raises RunError when the folder cannot be written.
         """
         stem = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{_slug(name)}"
-        path = _new_folder(runs_dir, stem)
-        (path / CHECKPOINTS).mkdir()
-        (path / PREDICTIONS).mkdir()
+        return cls._begin(_new_folder(runs_dir, stem), info)
+
+    @classmethod
+    def begin_again(cls, run: Run, info: Mapping[str, Any]) -> RunWriter:
+        """As `create`, in the folder of a run that was stopped before anything was kept of it.
+
+        Raises RunError while another process writes it.
+        """
+        writer = cls._begin(run.path, info)
+        os.truncate(run.path / METRICS_JSONL, 0)
+        writer._remove_temporary()
+        return writer
+
+    @classmethod
+    def _begin(cls, path: Path, info: Mapping[str, Any]) -> RunWriter:
+        for folder in _OWN_FOLDERS:
+            try:
+                (path / folder).mkdir(exist_ok=True)
+            except OSError as error:
+                raise _not_written(path / folder, error) from error
         head = {
             "schema_version": SCHEMA_VERSION,
             "run_id": path.name,
@@ -112,6 +185,7 @@ class RunWriter:
         Raises RunError while another process writes it.
         """
         writer = cls(run.path, {**run.info, **_running()})
+        writer._remove_temporary()
         log = run.path / METRICS_JSONL
         os.truncate(log, _end_of_epoch(log.read_bytes(), last_epoch))
         writer.note(f"Resumed after epoch {last_epoch}.")
@@ -119,11 +193,27 @@ class RunWriter:
 
     def checkpoint(self, name: str) -> Path:
         """`name` is `<phase>-best` or `<phase>-last`."""
-        return self.path / CHECKPOINTS / f"{name}.pt"
+        return self._folder(CHECKPOINTS) / f"{name}.pt"
 
     def predictions(self, name: str) -> Path:
         """`name` is `before` or `after`."""
-        return self.path / PREDICTIONS / f"{name}.npz"
+        return self._folder(PREDICTIONS) / f"{name}.npz"
+
+    def _folder(self, name: str) -> Path:
+        """A folder of the run; made again where somebody has removed it meanwhile."""
+        self.check_there()
+        path = self.path / name
+        try:
+            path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _not_written(path, error) from error
+        return path
+
+    def _remove_temporary(self) -> None:
+        """What an earlier writer of this run left behind that was killed."""
+        remove_temporary(self.path, RUN_JSON, age=-math.inf)
+        for folder in _OWN_FOLDERS:
+            remove_temporary(self.path / folder, "*", age=-math.inf)
 
     def update(self, **changes: Any) -> None:
         self.info.update(changes)
@@ -170,25 +260,67 @@ class RunWriter:
 
     def close(self, status: Status, reason: str | None = None) -> None:
         """Write the "stop" event and the final status."""
-        self._append({"event": "stop", "status": status, "reason": reason, "time": time.time()})
-        self._metrics.close()
-        self.update(status=status, ended=time.time())
+        try:
+            self._append({"event": "stop", "status": status, "reason": reason, "time": time.time()})
+            self.update(status=status, ended=time.time())
+        finally:
+            self._metrics.close()  # last: who finds the lock open may rely on the status
+
+    def check_there(self) -> None:
+        """Raise RunError where somebody has deleted or moved the run's folder: a log that is open
+        takes every line without an error then, and loses it."""
+        try:
+            there = os.path.samestat((self.path / METRICS_JSONL).stat(), self._log)
+        except OSError:
+            there = False
+        if not there:
+            raise RunError(
+                f"The run folder {self.path} was deleted or moved while the run was trained, so "
+                "nothing more can be recorded. Where it was moved, move it back and go on with "
+                "--resume; where it was deleted, train again."
+            )
 
     def _append(self, event: Mapping[str, Any]) -> None:
+        self.check_there()
         # allow_nan=False: a non-finite loss must stop the run, not write a line nobody can parse.
-        self._metrics.write(json.dumps(event, allow_nan=False) + "\n")
-        self._metrics.flush()
+        line = json.dumps(event, allow_nan=False).encode() + b"\n"
+        end = os.fstat(self._metrics.fileno()).st_size
+        try:
+            while line:
+                line = line[self._metrics.write(line) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._metrics.fileno(), end)
+            raise _not_written(self.path / METRICS_JSONL, error) from error
 
     def _save(self) -> None:
+        self.check_there()
         text = json.dumps(self.info, indent=2, allow_nan=False)
-        write_atomically(self.path / RUN_JSON, text.encode())
+        try:
+            write_atomically(self.path / RUN_JSON, text.encode())
+        except OSError as error:
+            raise _not_written(self.path / RUN_JSON, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> RunError:
+    return RunError(f"Cannot write {path}: {said_with_space(error, path).strerror}.")
 
 
 def _running() -> dict[str, Any]:
     return {"status": "running", "pid": os.getpid(), "ended": None}
 
 
-def _lock(file: IO[str], kind: int) -> bool:
+def _lock_patiently(file: IO[bytes]) -> bool:
+    """Lock it for writing; whether nobody else writes it."""
+    until = time.monotonic() + _LOCK_SECONDS
+    while not _lock(file, fcntl.LOCK_EX):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _lock(file: IO[bytes], kind: int) -> bool:
     """Whether nobody else holds a lock against it. A lock ends with its process, however that
     ends; on a file system without locks nobody ever holds one."""
     try:
@@ -204,10 +336,20 @@ def is_being_written(run: Run) -> bool:
     """Whether a process writes the run now, whatever its status says: one that was killed leaves
     the status "running" behind."""
     try:
-        with (run.path / METRICS_JSONL).open(encoding="utf-8") as file:
+        with open_regular(run.path / METRICS_JSONL) as file:
             return not _lock(file, fcntl.LOCK_SH)
     except OSError:
         return False
+
+
+def _is_let_go(log: Path) -> bool:
+    """Whether the process that wrote a log is gone; False also where that cannot be known."""
+    try:
+        with open_regular(log) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _end_of_epoch(content: bytes, epoch: int) -> int:
@@ -284,7 +426,8 @@ class Run:
 
     @property
     def status(self) -> Status:
-        return self.info.get("status", "failed")
+        said: Status = self.info.get("status", "failed")
+        return said if said in get_args(Status) else "failed"
 
     @property
     def phase(self) -> str | None:
@@ -339,9 +482,10 @@ class RunReader:
         self._run = Run(path, {})
         self._info_file, self._log_file = path / RUN_JSON, path / METRICS_JSONL
         self._stamps: list[Stamp] = [(-1, -1, -1), (-1, -1, -1)]
-        self._info: Mapping[str, Any] | RunError = {}
+        self._info: dict[str, Any] | RunError = {}
         self._log = _Log()
         self._problem: str | None = None
+        self._was_let_go = False
 
     def read(self) -> Run:
         """The run as it is now, the same object as before where nothing has changed.
@@ -356,12 +500,27 @@ class RunReader:
     def read_or_explain(self) -> Run:
         """`read`, but an unreadable run comes back empty, with `problem` saying why."""
         # First run.json: when that says the run is done, its log is complete.
-        if self._info_changed() | self._log_changed():
+        changed = self._info_changed() | self._let_go_changed()
+        if self._log_changed() or changed:
             if isinstance(self._info, RunError):
                 self._run = Run(self._run.path, {}, problem=str(self._info))
             else:
-                self._run = Run(self._run.path, self._info, self._log.epochs, self._problem)
+                info = self._info | {"status": "interrupted"} if self._was_let_go else self._info
+                self._run = Run(self._run.path, info, self._log.epochs, self._problem)
         return self._run
+
+    def _let_go_changed(self) -> bool:
+        """Whether the run says that it is running while nobody writes it: it was killed."""
+        before, ended = self._was_let_go, False
+        self._was_let_go = self._says_running() and _is_let_go(self._log_file)
+        if self._was_let_go and not before:
+            # A writer says how the run has ended before it lets go, maybe just now.
+            ended = self._info_changed()
+            self._was_let_go = self._says_running()
+        return ended or self._was_let_go != before
+
+    def _says_running(self) -> bool:
+        return not isinstance(self._info, RunError) and self._info.get("status") == "running"
 
     def _info_changed(self) -> bool:
         if not self._changed(0, self._info_file):
@@ -390,11 +549,27 @@ def read_run(path: Path) -> Run:
 
 
 def run_folders(runs_dir: Path) -> list[Path]:
-    """The folders under `runs_dir` that hold a run, readable or not, sorted by name."""
-    if not runs_dir.is_dir():
+    """The folders under `runs_dir` that hold a run, readable or not, sorted by name.
+
+    None where there is no such folder; raises RunError where it cannot be read.
+    """
+    try:
+        names = sorted(filter(_RUN_ID.fullmatch, os.listdir(runs_dir)))  # noqa: PTH208
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path for path in runs_dir.iterdir() if _RUN_ID.fullmatch(path.name)]
-    return sorted((path for path in found if (path / RUN_JSON).exists()), key=lambda p: p.name)
+    except OSError as error:
+        raise RunError(f"The runs folder {runs_dir} cannot be read: {error.strerror}.") from error
+    return [path for name in names if _holds_run(path := runs_dir / name)]
+
+
+def _holds_run(path: Path) -> bool:
+    try:
+        (path / RUN_JSON).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True  # one that cannot be read, which reading it will say
+    return True
 
 
 def list_runs(runs_dir: Path) -> list[Run]:
@@ -410,7 +585,7 @@ def find_run(runs_dir: Path, reference: str) -> Run:
         return read_run(as_path)
     if not runs_dir.is_dir():
         raise RunError(f"There is no runs folder at {runs_dir}; name another with --runs-dir.")
-    names = sorted(path.name for path in runs_dir.iterdir() if (path / RUN_JSON).is_file())
+    names = [path.name for path in run_folders(runs_dir)]
     if reference in names:
         return read_run(runs_dir / reference)
     matches = [name for name in names if reference in name]
@@ -441,7 +616,7 @@ def follow(path: Path) -> Iterator[EpochRecord | None]:
 
 def _read_info(path: Path) -> dict[str, Any]:
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = json.loads(read_bounded(path).decode())
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -482,6 +657,7 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
 
 _MARK_BYTES: Final = 256  # a line ends with its time, so no other log ends with the same bytes
 _NAMED_LINES: Final = 5
+_LONGEST_LOG: Final = 200_000_000  # 400,000 epochs
 
 
 @dataclass(frozen=True)
@@ -503,6 +679,8 @@ class _Log:
         on has dropped lines, or another file has taken its place, all."""
         inode = os.fstat(file.fileno()).st_ino
         known = self if inode == self.inode and self._grew(file) else _Log(inode=inode)
+        if os.fstat(file.fileno()).st_size - known.end > _LONGEST_LOG:
+            raise OSError(errno.EFBIG, f"more than {_LONGEST_LOG // 10**6} MB are new in it")
         file.seek(known.end)
         return known._and(file.readall())
 
@@ -539,7 +717,7 @@ class _Log:
 def _read_log(path: Path, known: _Log) -> tuple[_Log, str | None]:
     """Go on reading a log; also returns what could not be read."""
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             log = known.read_on(file)
     except FileNotFoundError:
         return _Log(), None  # a run that has just been created
@@ -602,7 +780,8 @@ def checkpoint_path(run: Run, which: Literal["before", "after"]) -> Path:
 
 
 def _parent_file(run: Run) -> str:
-    name = (run.info.get("parent_checkpoint") or {}).get("file", "")
-    if not re.fullmatch(r"[a-z]+-(best|last)\.pt", name):
+    said = run.info.get("parent_checkpoint")
+    name = said.get("file") if isinstance(said, dict) else None
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z]+-(best|last)\.pt", name):
         raise RunError(f"{run.path / RUN_JSON} does not name the parent's checkpoint.")
     return name

@@ -58,8 +58,11 @@ class Preprocess:
             )
         if self.interpolation not in ("bilinear", "bicubic", "lanczos"):
             raise ThawError(f"Preprocess: unknown interpolation {self.interpolation!r}.")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ThawError("Preprocess: mean and std need three values each, std above zero.")
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != 3 or len(self.std) != 3 or not finite or min(self.std) <= 0:
+            raise ThawError(
+                "Preprocess: mean and std need three finite values each, std above zero."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for run.json, checkpoints and ONNX metadata."""
@@ -76,7 +79,7 @@ class Preprocess:
                 mean=_triple(data["mean"]),
                 std=_triple(data["std"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ThawError(f"The stored preprocessing is damaged ({error!r}).") from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +12,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
-from PIL import Image
 from tqdm import tqdm
 
+from trainer.intake import PhotoError, read_photo
 from trainer.listing import DataError, Item, Listing, check_listing
-from trainer.preprocess import PhotoError, open_photo
+from trainer.preprocess import open_photo, photo_size
 from trainer.process import usable_cores
 from trainer.survey_alike import Print, fingerprint, near_pairs
 
@@ -147,15 +146,11 @@ def survey(listing: Listing) -> Survey:
 def _look(root: Path, item: Item) -> Photo | str:
     """The photo, or why it cannot be read."""
     try:
-        content = (root / item.file).read_bytes()
+        content = read_photo(root / item.file)
         image = open_photo(io.BytesIO(content), at_least=_DECODED)
-    except OSError as error:
-        return str(error.strerror)
+        width, height = photo_size(io.BytesIO(content))
     except PhotoError as error:
         return str(error)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        width, height = Image.open(io.BytesIO(content)).size
     if (image.width > image.height) != (width > height):  # the camera was held on its side
         width, height = height, width
     sha256 = hashlib.sha256(content).hexdigest()

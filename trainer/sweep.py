@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from trainer.__main__ import terminate
+from trainer.__main__ import stop_on_signals
 from trainer.cache import format_size
 from trainer.cli import guarded, inert
 from trainer.config import Augmentation, Config
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None, engine: Engine | None = None) -> int:
     0 when at least one member is done, 1 when all failed, 2 for a mistake of the user's, 130 when
     interrupted.
     """
-    signal.signal(signal.SIGTERM, terminate)
+    stop_on_signals()
     return guarded(lambda: _run(parse(argv), engine or Engine()))
 
 

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.files import read_bounded
 from trainer.runlog import Run, RunError, write_atomically
 from trainer.schema import TEST_JSON
 
@@ -30,7 +31,7 @@ def read_tested(run: Run) -> Tested | None:
     """None where the run was not tested. Raises RunError where its test.json is damaged."""
     path = run.path / TEST_JSON
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bounded(path))
         return Tested(**{name: _value(content[name], kind) for name, kind in _KINDS.items()})
     except FileNotFoundError:
         return None

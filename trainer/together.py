@@ -22,7 +22,7 @@ from trainer.phase import Part, PhaseRun, Stage
 from trainer.prefix import Trace, trace
 from trainer.progress import Progress
 from trainer.resume import Resume
-from trainer.runlog import RunWriter
+from trainer.runlog import Run, RunWriter
 from trainer.schema import Status, ThawError
 from trainer.start import Start
 
@@ -35,7 +35,8 @@ class Member:
     """One run to train. `label` is its name in what is printed, `extra` goes into its run.json.
 
     `resume` is the interrupted run to go on with; all members that train together have one that
-    ended after the same epoch, or none.
+    ended after the same epoch, or none. `again` is a run that was stopped before anything was kept
+    of it: this one takes its folder.
     """
 
     config: Config
@@ -43,6 +44,7 @@ class Member:
     label: str
     extra: dict[str, Any] = field(default_factory=dict)
     resume: Resume | None = None
+    again: Run | None = None
 
 
 def train_together(
@@ -134,18 +136,21 @@ def _open_run(member: Member, part: Part, photos: Photos, device: torch.device) 
         writer = RunWriter.reopen(resume.run, resume.checkpoint.epoch)
         writer.update(environment=describe(device))
         return PhaseRun(config, start, writer, part, objective, photos.val, device, resume)
-    writer = RunWriter.create(config.runs_dir, config.run_name or _name(config), {})
-    writer.update(
-        recipe=config.recipe,
-        config=config.to_dict(),
-        model=start.spec.to_dict(),
-        classes=list(start.classes),
-        dataset=photos.to_dict(),
-        preprocess=start.preprocess.to_dict(),
-        environment=describe(device),
+    info = {
+        "recipe": config.recipe,
+        "config": config.to_dict(),
+        "model": start.spec.to_dict(),
+        "classes": list(start.classes),
+        "dataset": photos.to_dict(),
+        "preprocess": start.preprocess.to_dict(),
+        "environment": describe(device),
         **start.origin,
         **member.extra,
-    )
+    }
+    if member.again is not None:
+        writer = RunWriter.begin_again(member.again, info)
+    else:
+        writer = RunWriter.create(config.runs_dir, config.run_name or _name(config), info)
     return PhaseRun(config, start, writer, part, objective, photos.val, device)
 
 
@@ -224,6 +229,14 @@ def _end_all(runs: Sequence[PhaseRun], status: Status, reason: str | None) -> No
             say(str(error))
 
 
+def _end_done(run: PhaseRun) -> None:
+    """End one of several runs: what keeps it from being written stays its own."""
+    try:
+        run.end("done")
+    except ThawError as error:
+        run.error = error
+
+
 class _Drive:
     """All epochs of runs that share their batches."""
 
@@ -252,7 +265,7 @@ class _Drive:
                 if self._active:
                     self._epoch(phase_epoch)
         for run in self._active:
-            run.end("done")
+            _end_done(run)
 
     @property
     def _active(self) -> list[PhaseRun]:
@@ -270,14 +283,22 @@ class _Drive:
         # Each run bears its share of what was done for all.
         seconds = (time.perf_counter() - started) / len(self._runs)
         for run, evaluation in zip(self._runs, evaluations, strict=True):
-            run.begin(evaluation, seconds)
+            try:
+                run.begin(evaluation, seconds)
+            except ThawError as error:
+                run.fail(error)
         self._show(0)
 
     def _epoch(self, phase_epoch: int) -> None:
         active, size = self._active, self._config.batch_size
         self._progress.start_epoch(self._config.phase, phase_epoch, self._config.epochs)
         for run in active:
-            run.start_epoch(phase_epoch)
+            try:
+                run.start_epoch(phase_epoch)
+            except ThawError as error:
+                run.fail(error)
+        if not (active := self._active):
+            return
         results, seconds = train_epoch(
             active, self._train, size, self._first + phase_epoch, self._progress.batch
         )
@@ -294,6 +315,11 @@ class _Drive:
         for (run, result), evaluation in zip(trained, evaluations, strict=True):
             try:
                 run.end_epoch(phase_epoch, result, evaluation, seconds, rate)
+            except ThawError as error:
+                run.fail(error)
+        for run in self._active:
+            try:
+                run.save_sometimes()
             except ThawError as error:
                 run.fail(error)
         self._show(phase_epoch)

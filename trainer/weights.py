@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import keras_weights
+from trainer.checkpoint import said_of
 from trainer.cnn10 import SIDE
 from trainer.model import CNN10, NASNET, TIMM_PREFIX, ModelSpec, build_model, head_name
 from trainer.schema import Preprocess, ThawError
@@ -177,10 +179,10 @@ def _from_file(path: Path) -> Pretrained:
 
             data: Any = load(content)
         else:
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            data = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # both readers raise many kinds on foreign content
         raise WeightsError(
-            f"--weights {path} is not a state dict that can be loaded safely: {error}"
+            f"--weights {path} is not a state dict that can be loaded safely: {said_of(error)}"
         ) from error
     tensors = _state_dict(data)
     if not tensors:
@@ -198,8 +200,13 @@ def _state_dict(data: Any) -> dict[str, Tensor]:
     return {
         str(name).removeprefix("module."): value
         for name, value in data.items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and _is_plain(value)
     }
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its values are there and can be copied: not sparse, quantised, or a mere shape."""
+    return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
 
 
 def load_weights(network: nn.Module, weights: Pretrained, *, with_head: bool) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 import streamlit as st
 
 from explorer.loading import load
+from explorer.pages import sign_in
 
 if TYPE_CHECKING:
     from explorer.pages.parts import PageName
@@ -25,6 +26,8 @@ _TITLES: Final[dict[PageName, str]] = {
 
 def main() -> None:
     st.set_page_config(page_title="Thaw", layout="wide")
+    if not sign_in.admitted():
+        return
     load()
     from explorer.pages.parts import opener
 
@@ -32,6 +35,8 @@ def main() -> None:
         st.Page(opener(name), title=title, url_path=name, default=name == "compare")
         for name, title in _TITLES.items()
     ]
+    if sign_in.is_required():
+        pages.append(st.Page(sign_in.page, title="Account", url_path="account"))
     st.navigation(pages, position="top").run()
 
 

@@ -285,14 +285,17 @@ def _export(chosen: _Chosen, model: Shipped | None) -> None:
         return
     if chosen.run.status == "running":
         st.text("This run is still training: what is exported is its best epoch so far.")
-    data, problem = _moved(chosen)
+    read_only = parts.is_read_only("No export can be started here.")
+    data, problem = (None, "") if read_only else _moved(chosen)
     typed = command(chosen.run, chosen.which, data, parts.runs_dir(), chosen.precision)
     job = _jobs().of(chosen.model)
     running = job is not None and job.report().state == "running"
+    if read_only:
+        st.caption("In a terminal, where you may write to the runs folder")
     st.code(shlex.join(typed), language="bash", wrap_lines=True)
     if problem:
         st.text(problem)
-    if not running:
+    if not (running or read_only):
         _button(chosen.model, typed, model, disabled=bool(problem))
     if job is None:
         st.caption(_EXPECT[chosen.precision])

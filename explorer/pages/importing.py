@@ -16,6 +16,7 @@ from explorer.data import DEFAULT_SHOWN, Snapshot, epochs_frame, lineage
 from explorer.importing import (
     Reading,
     Wish,
+    bring_in,
     command,
     labelled,
     preview,
@@ -23,11 +24,12 @@ from explorer.importing import (
     table,
 )
 from explorer.pages import parts
+from explorer.render import printable
 from trainer.imports.find import Skipped
 from trainer.imports.logs import FORMATS, TITLES, Format, Log
 from trainer.imports.plan import ONE_PHASE, NewRun, OnePhase, alone, family, halves
 from trainer.imports.read import Found, read_all
-from trainer.imports.write import absolute, holder, without_known, write
+from trainer.imports.write import absolute, holder, without_known
 from trainer.runlog import Run
 from trainer.schema import ThawError
 
@@ -44,6 +46,11 @@ def page() -> None:
     parts.style()
     st.header("Have you trained elsewhere? Bring the logs here.", anchor=False)
     snapshot = parts.library().snapshot()
+    if parts.is_read_only("Nothing can be imported here."):
+        st.caption("Where you may write to a runs folder, the command line does it:")
+        _commands()
+        parts.problems(snapshot)
+        return
     where, reading, read = _choose_logs()
     _done(snapshot, where)
     if read is None:
@@ -132,6 +139,10 @@ def _explain() -> None:
         "trainer_state.json. You see what was found before anything is written. The command line "
         "does the same:"
     )
+    _commands()
+
+
+def _commands() -> None:
     st.code("python -m trainer import PATH/TO/LOGS", language="bash")
     st.code("python -m trainer import FROZEN --then UNFROZEN-1 UNFROZEN-2", "bash", wrap_lines=True)
 
@@ -155,7 +166,7 @@ def _show(snapshot: Snapshot, found: Found, where: Path | None, reading: Reading
     _type(replace(chosen.wish, again=again, renamed=renamed), len(kept), where, reading)
     count = f"{len(chosen.runs)} runs" if len(chosen.runs) > 1 else "this run"
     if st.button(f"Import {count}", type="primary"):
-        ids = write(parts.library().runs_dir, chosen.runs)
+        ids = bring_in(parts.library().runs_dir, chosen.runs)
         st.session_state[_DONE] = where, ids
         st.rerun()
 
@@ -207,11 +218,13 @@ def _again(snapshot: Snapshot, logs: dict[str, Log]) -> bool:
 def _skipped(skipped: Sequence[Skipped]) -> None:
     if skipped:
         with st.expander(f"{len(skipped)} left out"):
-            st.table(
+            # Not st.table, which takes a path for Markdown and fetches the picture it names.
+            st.dataframe(
                 {
-                    "Path": [str(one.path) for one in skipped],
-                    "Why": [one.reason for one in skipped],
-                }
+                    "Path": [printable(str(one.path)) for one in skipped],
+                    "Why": [printable(one.reason) for one in skipped],
+                },
+                hide_index=True,
             )
 
 

@@ -7,6 +7,7 @@ Names of runs, classes and files are whatever a user typed. They reach the page 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Final, Literal, NoReturn
 import streamlit as st
 from altair.typing import ChartType
 
+from explorer import access
 from explorer.classify import Prediction
 from explorer.compare import Summary, verdict
 from explorer.data import Library, Snapshot, runs_dir_from
@@ -29,6 +31,7 @@ PageName = Literal[
 ]
 
 _ASKED: Final = "asked"  # what another page wants chosen here
+_UNFIT: Final = re.compile(r"[^\w.-]+")  # for the name of a file
 _WHILE_RUNNING: Final = 2.0
 _WHILE_IDLE: Final = 15.0  # only to notice a run that has just been started
 _STYLE: Final = """<style>
@@ -116,6 +119,14 @@ def no_runs(folder: Path) -> None:
     st.code(f"python -m trainer --phase finetune{where}", language="bash")
     st.caption("Both train the head first, then unfreeze. Afterwards, look again.")
     st.button("Look again")
+
+
+def is_read_only(consequence: str) -> bool:
+    """Whether nothing may be changed; if so, says what that means here, and why it is so."""
+    reason = access.read_only_because()
+    if reason:
+        st.html(f'<div class="thaw-small">{escape(f"{consequence} {reason}")}</div>')
+    return bool(reason)
 
 
 def problems(snapshot: Snapshot) -> None:
@@ -243,7 +254,7 @@ def svg_of(drawn: ChartType, key: str) -> None:
     st.download_button(
         "SVG",
         lambda: to_svg(drawn).encode(),
-        file_name=f"thaw-{key}.svg",
+        file_name=f"thaw-{_UNFIT.sub('-', key)}.svg",
         mime="image/svg+xml",
         key=f"svg-{key}",
         type="tertiary",

@@ -8,6 +8,7 @@ from typing import Final, Literal
 import pandas as pd
 import streamlit as st
 
+from explorer import access
 from explorer.annotations import (
     MAX_NAME,
     MAX_NOTE,
@@ -231,14 +232,16 @@ _COLUMNS: Final = {
 def _actions(snapshot: Snapshot, ticked: list[str], hidden: int) -> None:
     if hidden:
         st.caption(f"Ticked but not shown: {hidden} of {len(ticked)}.")
+    read_only = parts.is_read_only("Runs cannot be renamed, archived or deleted here.")
     with st.container(horizontal=True, gap="small"):
         if st.button(f"Compare ({len(ticked)})", type="primary"):
             parts.go("compare", runs=ticked)
         if len(ticked) == 1:
             _of_one(ticked[0])
-        _archive_or_back(snapshot, ticked)
-        if st.button("Delete"):
-            _ask("delete", ticked)
+        if not read_only:
+            _archive_or_back(snapshot, ticked)
+            if st.button("Delete"):
+                _ask("delete", ticked)
         if st.button("Untick", type="tertiary"):
             _untick()
             st.rerun()
@@ -253,7 +256,7 @@ def _of_one(name: str) -> None:
         parts.go("exporting", run=name)
     if st.button("Command"):
         _ask("command", [name])
-    if st.button("Edit"):
+    if not access.read_only_because() and st.button("Edit"):
         _ask("edit", [name])
 
 
@@ -371,10 +374,7 @@ def _consequences(snapshot: Snapshot, names: Sequence[str]) -> list[str]:
             "exported."
         )
     if snapshot.running.intersection(names):
-        warnings.append(
-            "One is still marked as running. Where its training was killed, that is no hindrance; "
-            "while it goes on, it is not deleted."
-        )
+        warnings.append("One of them is being trained: it is not deleted before that has ended.")
     return warnings
 
 

@@ -129,7 +129,6 @@ class Logs:
         return self._last
 
     def close(self) -> None:
-        self._board.close()
         self._writer.end_phase(self._last.epoch)
         self._writer.close("done")
 

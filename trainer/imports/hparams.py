@@ -6,8 +6,11 @@ import math
 from pathlib import Path
 from typing import Any, Final
 
+from trainer.files import read_bounded
+
 HPARAMS_YAML: Final = "hparams.yaml"
-_MAX_BYTES: Final = 2**18  # larger ones take PyYAML seconds
+_MAX_BYTES: Final = 2**16  # larger ones take PyYAML seconds
+_NOTHING: Final = ("", "~", "null")
 _NAMES: Final = {
     "lr": ("lr", "learning_rate"),
     "batch_size": ("batch_size", "train_batch_size"),
@@ -20,15 +23,11 @@ def read_hparams(folder: Path) -> dict[str, Any]:
     where there is no such file or it cannot be read, as a log is worth having without it."""
     import yaml  # type: ignore[import-untyped]
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Takes no Python object that a file asks for, and reads the rest all the same."""
-
-    Loader.add_multi_constructor("", lambda loader, suffix, node: None)
-    path = folder / HPARAMS_YAML
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            return {}
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        text = read_bounded(folder / HPARAMS_YAML, _MAX_BYTES).decode()
+        # Takes every value for text, whatever a file asks for: no Python object is made, no number
+        # of a million digits, and no mapping that grows with each one that it is merged from.
+        content = yaml.load(text, yaml.BaseLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     if not isinstance(content, dict):
@@ -43,13 +42,12 @@ def read_hparams(folder: Path) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str | None:
-    return value[:40] if isinstance(value, str) else None
+    return value[:40] if isinstance(value, str) and value not in _NOTHING else None
 
 
 def _number(value: Any) -> float | None:
-    # YAML 1.1 takes 1e-3 for text.
     try:
-        number = float(value) if isinstance(value, (int, float, str)) else math.nan
-    except (ValueError, OverflowError):
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
         return None
     return number if math.isfinite(number) and number > 0 else None

@@ -130,10 +130,10 @@ def _cell(row: Sequence[str], place: int, line: int, names: Sequence[str]) -> fl
     if text.lower() in _MISSING:
         return math.nan
     duration = _DURATION.fullmatch(text) if names[place].lower() == SECONDS else None
-    if duration:
-        hours, minutes, seconds = (int(group or 0) for group in duration.groups())
-        return 3600.0 * hours + 60 * minutes + seconds
     try:
+        if duration:
+            hours, minutes, seconds = (float(group or 0) for group in duration.groups())
+            return 3600 * hours + 60 * minutes + seconds
         return float(text)
     except ValueError:
         raise LogError(
