@@ -268,6 +268,7 @@ def test_direct_on_photos_named_by_imagenet_class(tmp_path: Path) -> None:
     assert run.epochs[0].val_acc > 0.75
 
 
+@pytest.mark.slow
 def test_a_terminated_run_keeps_its_checkpoint_and_says_interrupted(
     tmp_path: Path, photos: Path
 ) -> None:

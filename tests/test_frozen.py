@@ -103,7 +103,7 @@ def plainly(parent: Run, config: Config) -> list[tuple[float, float, float]]:
     return found
 
 
-@pytest.mark.parametrize("augmentation", [(), ALL])
+@pytest.mark.parametrize("augmentation", [pytest.param((), marks=pytest.mark.slow), ALL])
 @pytest.mark.parametrize(("unfreeze", "lr"), [("8", "1e-3"), ("all", "1e-5")])
 def test_training_is_what_a_plain_loop_does(
     train_awake: Train, augmentation: tuple[str, ...], unfreeze: str, lr: str
@@ -117,7 +117,7 @@ def test_training_is_what_a_plain_loop_does(
     assert np.allclose(np.array(found, float), expected, rtol=2e-4)
 
 
-@pytest.mark.parametrize("augmentation", [(), ALL])
+@pytest.mark.parametrize("augmentation", [pytest.param((), marks=pytest.mark.slow), ALL])
 def test_cold_warm_and_without_cache_are_the_same(
     train_awake: Train, cache_dir: Path, augmentation: tuple[str, ...]
 ) -> None:
@@ -159,6 +159,7 @@ def test_views_in_turn_are_computed_once(train_awake: Train, cache_dir: Path) ->
     assert figures(exact)[9:] != figures(run)[9:]
 
 
+@pytest.mark.slow
 def test_auto_suggests_fewer_views_and_never_chooses_them(
     train_awake: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

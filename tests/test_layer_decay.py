@@ -120,6 +120,7 @@ def test_adams_first_step_is_as_long_as_the_rate(train_awake: Train) -> None:
     assert "layer_rates" not in train_awake(*flags).info
 
 
+@pytest.mark.slow
 def test_members_share_batches_and_an_interrupted_one_goes_on(
     train_awake: Train, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

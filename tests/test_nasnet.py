@@ -102,7 +102,11 @@ def test_layers_are_counted_from_the_head(network: nn.Module) -> None:
 
 @pytest.mark.parametrize("arch", [NASNET, "efficientnet_b0"])
 @pytest.mark.parametrize(
-    ("head", "pool", "side"), [((512, 256, 128), "avg", 32), ((1024, 256), "max", 256)]
+    ("head", "pool", "side"),
+    [
+        ((512, 256, 128), "avg", 32),
+        pytest.param((1024, 256), "max", 256, marks=pytest.mark.slow),
+    ],
 )
 def test_the_heads_of_lab_4(arch: str, head: tuple[int, ...], pool: str, side: int) -> None:
     network = build_model(ModelSpec(arch, 43, head, "max" if pool == "max" else "avg"))

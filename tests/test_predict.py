@@ -126,10 +126,13 @@ def test_a_dry_run_writes_nothing(
 @pytest.mark.parametrize(
     "flags",
     [
-        "--unfreeze 20 all --noise 0 2 --views 2 --epochs 3",
-        "--phase transfer --seed 0 1 --crop-from 240 --epochs 2",
+        pytest.param(
+            "--unfreeze 20 all --noise 0 2 --views 2 --epochs 3",
+            marks=pytest.mark.slow,
+            id="finetune",
+        ),
+        pytest.param("--phase transfer --seed 0 1 --crop-from 240 --epochs 2", id="transfer"),
     ],
-    ids=["finetune", "transfer"],
 )
 def test_a_real_sweep_leaves_the_predicted_bytes(
     tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str], flags: str

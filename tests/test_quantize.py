@@ -279,6 +279,7 @@ def test_says_what_was_measured(
     assert err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_depthwise_networks_are_exported_or_refused_with_figures(
     mobile: tuple[Run, onnx.ModelProto], precision: Precision, monkeypatch: pytest.MonkeyPatch

@@ -126,9 +126,8 @@ KILLED = """if True:
 """
 
 
-@pytest.mark.parametrize(
-    "saves", [pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(13, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("saves", [2, 5, 13])
 def test_a_sweep_killed_while_it_saves_goes_on(
     flags: list[str], tmp_path: Path, saves: int
 ) -> None:

@@ -87,7 +87,8 @@ def test_without_them_the_loss_is_computed_once(
     assert train("--phase", "transfer", "--epochs", "1").status == "done"
 
 
-@pytest.mark.parametrize("phase", [pytest.param("transfer", marks=pytest.mark.slow), "finetune"])
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["transfer", "finetune"])
 def test_members_with_different_losses_share_their_batches(
     train_awake: Train, tmp_path: Path, uneven: Path, awake: str, phase: str
 ) -> None:
