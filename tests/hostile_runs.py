@@ -15,6 +15,17 @@ from trainer.results import Entry, Table, write_table
 from trainer.runlog import Run, read_run
 from trainer.schema import LR_FIND
 
+# Pages, and what to choose on them so that every part of them is seen.
+PAGES: dict[str, list[dict[str, str]]] = {
+    "compare": [{}, {"axis": "Before and after", "colour": "Optimizer", "dash": "Schedule"}],
+    "runs": [{"archived": "true"}],
+    "sweep": [{}, {"maps": "Each schedule"}],
+    "results": [{}],
+    "changed": [{"part": part} for part in ("Classes", "Confusions", "Photos", "Confidence")],
+    "classify": [{"heat": "true"}],
+    "exporting": [{}],
+    "importing": [{"as": "A transfer phase and its finetunes"}],
+}
 MARK = "Evil7"  # in every one of them, so that they are found again
 
 

@@ -21,7 +21,7 @@ from explorer.desk import Row, Upload
 from explorer.desk import to_csv as answers_csv
 from explorer.report import report_html
 from explorer.report_html import to_csv
-from tests.hostile_runs import MARK, hostile_names, write_hostile
+from tests.hostile_runs import MARK, PAGES, hostile_names, write_hostile
 from trainer.cli import inert
 from trainer.runlog import Run
 
@@ -43,16 +43,6 @@ PLAIN = {
 }
 # Columns of a table that Streamlit makes links, pictures and formatted text of.
 ACTIVE_COLUMNS = ('"type": "link"', '"type": "image"', '"type": "markdown"')
-PAGES = {
-    "compare": [{}, {"axis": "Before and after", "colour": "Optimizer", "dash": "Schedule"}],
-    "runs": [{"archived": "true"}],
-    "sweep": [{}, {"maps": "Each schedule"}],
-    "results": [{}],
-    "changed": [{"part": part} for part in ("Classes", "Confusions", "Photos", "Confidence")],
-    "classify": [{"heat": "true"}],
-    "exporting": [{}],
-    "importing": [{"as": "A transfer phase and its finetunes"}],
-}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import nn
 from explorer.conclusions import flags, moved, percent
 from tests.conftest import Train
 from trainer.checkpoint import load_checkpoint
-from trainer.runlog import Run, find_run
+from trainer.runlog import Run
 from trainer.weight_change import WeightChange, weight_change
 
 
@@ -43,21 +43,14 @@ def _distance(before: Run, after: Run, names: list[str]) -> float:
     return math.sqrt(moved / sum(float(a.square().sum()) for a, _ in pairs))
 
 
+def _two_phases(train: Train, lr: str) -> tuple[Run, Run]:
+    parent = train("--phase", "transfer", "--epochs", "1")
+    flags = ("--from", parent.run_id, "--unfreeze", "8", "--epochs", "2", "--lr", lr)
+    return parent, train("--phase", "finetune", *flags)
+
+
 def test_a_run_says_how_far_its_backbone_and_its_head_moved(train_awake: Train) -> None:
-    parent = train_awake("--phase", "transfer", "--epochs", "1")
-    run = train_awake(
-        "--phase",
-        "finetune",
-        "--from",
-        parent.run_id,
-        "--unfreeze",
-        "8",
-        "--epochs",
-        "2",
-        "--lr",
-        "1e-3",
-    )
-    assert find_run(run.path.parent, run.parent_run_id or "").run_id == parent.run_id
+    parent, run = _two_phases(train_awake, "1e-3")
     head = [f"classifier.3.{name}" for name in ("weight", "bias")]
     state = load_checkpoint(run.checkpoint("finetune-last")).state_dict
     modules = set(run.info["phases"][0]["unfrozen_layers"]) - {"classifier.3"}
@@ -70,19 +63,7 @@ def test_a_run_says_how_far_its_backbone_and_its_head_moved(train_awake: Train) 
 
 
 def test_at_a_rate_below_what_float32_resolves_the_explorer_says_so(train_awake: Train) -> None:
-    parent = train_awake("--phase", "transfer", "--epochs", "1")
-    run = train_awake(
-        "--phase",
-        "finetune",
-        "--from",
-        parent.run_id,
-        "--unfreeze",
-        "8",
-        "--epochs",
-        "2",
-        "--lr",
-        "1e-10",
-    )
+    _, run = _two_phases(train_awake, "1e-10")
     assert run.info["weight_change"]["backbone"]["changed"] < 0.5
     (said,) = [line for line in flags(run) if "moved" in line]
     assert "float32 rounds such small steps away" in said

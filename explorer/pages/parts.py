@@ -108,9 +108,15 @@ def _redraw(
     draw(snapshot, *arguments)
 
 
+def said_where() -> str:
+    """What to add to a command so that it uses this runs folder; empty where it does anyway."""
+    folder = runs_dir()
+    return "" if folder == Path("runs") else f" --runs-dir {shlex.quote(str(folder))}"
+
+
 def no_runs(folder: Path) -> None:
     """What to type where there is nothing to show yet."""
-    where = "" if folder == Path("runs") else f" --runs-dir {shlex.quote(str(folder))}"
+    where = said_where()
     st.subheader("No runs yet")
     st.text(f"There is nothing to show in the folder {folder}. Train first:")
     st.caption("On your own photographs, one folder per class")

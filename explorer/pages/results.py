@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 from html import escape
-from pathlib import Path
 from typing import Any, Final
 
 import streamlit as st
@@ -37,11 +35,9 @@ def _no_tables() -> None:
         "No experiment has been run into this folder. An experiment is a recipe of several "
         "trainings; those of the labs come with Thaw:"
     )
-    folder = parts.runs_dir()
-    where = "" if folder == Path("runs") else f" --runs-dir {shlex.quote(str(folder))}"
     st.code(
         "python -m trainer recipes\n"
-        f"python -m trainer run oregon-finetune-sweep --data PATH/TO/PHOTOS{where}",
+        f"python -m trainer run oregon-finetune-sweep --data PATH/TO/PHOTOS{parts.said_where()}",
         language="bash",
     )
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import Final
 
 import pandas as pd
@@ -43,9 +41,10 @@ def _no_groups() -> None:
         "No two runs can be held against each other here: that takes a sweep, or two finetunes of "
         "the same trunk. A sweep trains them together, with a control beside them:"
     )
-    folder = parts.runs_dir()
-    where = "" if folder == Path("runs") else f" --runs-dir {shlex.quote(str(folder))}"
-    st.code(f"python -m trainer sweep --lr 1e-6 1e-5 1e-4 --unfreeze 10 20{where}", language="bash")
+    st.code(
+        f"python -m trainer sweep --lr 1e-6 1e-5 1e-4 --unfreeze 10 20{parts.said_where()}",
+        language="bash",
+    )
 
 
 def _rate_tests() -> None:
