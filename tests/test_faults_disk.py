@@ -78,6 +78,7 @@ def test_a_log_line_is_whole_or_not_there(small: Path) -> None:
     assert read_run(writer.path).problem is None
 
 
+@pytest.mark.slow
 def test_a_training_stops_with_its_files_whole_and_goes_on(
     small: Path, photos: Path, tmp_path: Path
 ) -> None:

@@ -388,6 +388,7 @@ def test_a_folder_that_may_not_be_read_is_no_empty_one(data: Path) -> None:
 # --- photos that change -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_photos_that_are_changed_or_deleted_during_a_run_change_nothing(
     data: Path, tmp_path: Path
 ) -> None:

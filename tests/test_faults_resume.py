@@ -263,6 +263,7 @@ def test_a_run_of_other_photos_does_not_go_on(
     assert "its photos or their split have changed" in message
 
 
+@pytest.mark.slow
 def test_a_killed_run_can_be_started_from(two_phases: list[str], tmp_path: Path) -> None:
     """Its status still says that it is running; nobody has to wait for it."""
     where = ["--runs-dir", str(tmp_path)]
@@ -333,3 +334,19 @@ def test_stale_temporary_files_go(tmp_path: Path) -> None:
     os.utime(others, (0, 0))
     write_atomically(path / "model.onnx", b"")
     assert litter(path) == []
+
+
+def test_a_folder_that_is_deleted_while_the_journal_is_written_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real, calls = tmp_path / "checkpoints", Path.replace, [0]
+
+    def replace(self: Path, target: Path) -> Path:
+        calls[0] += 1
+        if calls[0] == 1:
+            shutil.rmtree(folder)
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    Journal(folder, "transfer").write(Entry(Kept(1, {}), None))
+    assert [entry.last.epoch for entry in Journal(folder, "transfer").read()] == [1]

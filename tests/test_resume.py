@@ -68,6 +68,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     monkeypatch.setattr(trainer.progress.Progress, "batch", counted)
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_ends_as_one_that_was_not(
     flags: list[str],
     tmp_path: Path,

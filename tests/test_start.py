@@ -17,6 +17,7 @@ from trainer.schema import ThawError
 from trainer.start import with_unused
 
 
+@pytest.mark.slow
 def test_the_network_sees_photos_of_the_size_asked_for(train: Train, tmp_path: Path) -> None:
     small = train("--phase", "transfer", "--size", "48", "--epochs", "1")
     assert (small.info["preprocess"]["resize"], small.info["preprocess"]["crop"]) == (48, 48)

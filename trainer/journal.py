@@ -64,18 +64,14 @@ class Journal:
         content = {"schema_version": SCHEMA_VERSION, "last": _to_dict(entry.last), "best": best}
         buffer = io.BytesIO()
         torch.save(content, buffer)
+        digest = hashlib.sha256(buffer.getbuffer()).hexdigest().encode()
         path = self._paths[entry.last.epoch % 2]
-        new = path.with_name(f"{path.name}.tmp")
         try:
-            path.parent.mkdir(exist_ok=True)
-            with new.open("wb") as file:
-                file.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
-                file.write(buffer.getbuffer())
-            new.replace(path)
-        except BaseException as error:
-            new.unlink(missing_ok=True)
-            if not isinstance(error, OSError):
-                raise
+            try:
+                _replace(path, digest, buffer)
+            except FileNotFoundError:  # its folder was deleted in between
+                _replace(path, digest, buffer)
+        except OSError as error:
             reason = said_with_space(error, path).strerror
             raise CheckpointError(f"Cannot write the checkpoint {path}: {reason}.") from error
 
@@ -88,6 +84,20 @@ class Journal:
         """Once the checkpoints hold the same."""
         for path in self._paths:
             path.unlink(missing_ok=True)
+
+
+def _replace(path: Path, digest: bytes, content: io.BytesIO) -> None:
+    """Not flushed; what was there stays whole until all is written."""
+    new = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with new.open("wb") as file:
+            file.write(digest)
+            file.write(content.getbuffer())
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def _to_dict(kept: Kept) -> dict[str, Any]:
