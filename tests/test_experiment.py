@@ -227,6 +227,14 @@ def test_lab_1() -> None:
         assert (transfer["epochs"], transfer["batch_size"]) == (epochs, 512)
 
 
+def test_the_recipe_that_gains_starts_from_lab_1_s_head() -> None:
+    ours, theirs = (
+        settings("oregon-finetune-gain", "transfer"),
+        settings("oregon-finetune-sweep", "transfer"),
+    )
+    assert ours == theirs
+
+
 def test_labs_2_3_and_5() -> None:
     assert settings("oregon-scratch-vs-transfer", "scratch")["weights"] == "none"
     food = settings("food101-finetune", "all")
