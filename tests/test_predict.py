@@ -49,6 +49,7 @@ def steps(values: Sequence[float]) -> list[float]:
 # --- multiplied out ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ticking")
 @pytest.mark.parametrize(
     ("vary", "others", "cached"),
