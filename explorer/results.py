@@ -124,7 +124,7 @@ def dots(points: pd.DataFrame) -> alt.LayerChart:
     low, high = points["accuracy"].min(), points["accuracy"].max()
     room = max((high - low) / 20, 0.5)
     domain = [max(0.0, low - room), min(100.0, high + room)]
-    scale = alt.Scale(domain=domain, nice=False)
+    scale = alt.Scale(domain=domain, nice=False, zero=False)
     x = alt.X("accuracy:Q", title="Accuracy (%)", scale=scale)
     legend = alt.Legend(orient="top", title=None)
     base = alt.Chart(points)
@@ -139,7 +139,7 @@ def dots(points: pd.DataFrame) -> alt.LayerChart:
     )
     here = alt.datum.by != _PUBLISHED
     line = base.mark_rule(color=NOTE_COLOUR, opacity=0.5).encode(
-        x="min(accuracy):Q", x2="max(accuracy):Q", y=y
+        x=alt.X("min(accuracy):Q", scale=scale), x2="max(accuracy):Q", y=y
     )
     ours = marks.transform_filter(here).mark_point(filled=True, size=70, opacity=1)
     theirs = marks.transform_filter(~here).mark_point(filled=False, size=110, strokeWidth=2)

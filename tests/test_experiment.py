@@ -97,6 +97,9 @@ def test_a_recipe_runs_tests_once_and_goes_on(
     assert main(command) == 0
     assert [run.run_id for run in list_runs(runs_dir)] == [run.run_id for run in runs]
     assert [(run.path / "test.json").stat().st_mtime_ns for run in runs] == times
+    # Where and how fast is no other training.
+    assert main([*command, "--cache-limit", "1GB", "--device", "cpu"]) == 0
+    assert [run.run_id for run in list_runs(runs_dir)] == [run.run_id for run in runs]
     assert main([*command, "--epochs", "2", "--limit", "6"]) == 0
     assert "published" not in (runs_dir / "mine.csv").read_text()
     assert "5 runs" not in capsys.readouterr().err
@@ -160,8 +163,9 @@ def test_runs_say_what_their_data_stands_in_for() -> None:
     (other,) = experiment.with_settings({"data": "/photos/flowers"}).stages
     assert "stand_in_for" not in own.settings
     assert other.settings["stand_in_for"] == "oregon"
-    run = Run(Path("x"), {"config": {"stand_in_for": "oregon"}, "dataset": {"name": "flowers"}})
-    assert data_of(run) == "flowers (standing in for oregon)"
+    run = Run(Path("x"), {"dataset": {"name": "flowers"}})  # trained before the recipe asked for it
+    assert data_of(run, "oregon") == "flowers (standing in for oregon)"
+    assert data_of(run, None) == "flowers"
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,10 @@ def test_the_chart_tells_the_published_figures_from_ours(runs: Path) -> None:
     assert theirs[["model", "split", "accuracy"]].values.tolist() == [
         ["<b>whole</b>", "Test", pytest.approx(28)]
     ]
-    assert dots(points).to_dict()["layer"][1]["mark"]["filled"] is False
+    layers = dots(points).to_dict()["layer"]
+    assert layers[1]["mark"]["filled"] is False
+    # One layer without it would draw the axis of all from zero.
+    assert all(layer["encoding"]["x"]["scale"]["zero"] is False for layer in layers)
 
 
 def test_the_page_shows_the_table_and_says_what_stands_in(runs: Path) -> None:

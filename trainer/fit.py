@@ -13,7 +13,7 @@ from tqdm import tqdm
 from trainer.config import Augmentation, Config, Schedule
 from trainer.data import Photos, load_photos
 from trainer.environment import choose_device
-from trainer.grid import SweepInfo, trunk
+from trainer.grid import NOT_TRAINING, SweepInfo, trunk
 from trainer.model import DEFAULT_ARCH, ModelSpec, build_model, check_takes
 from trainer.phase import PhaseRun, pretrained_labels
 from trainer.progress import Progress, summary
@@ -80,17 +80,17 @@ def finetune_after(trunk: Run, config: Config) -> Run:
 
 def _earlier(job: Job, *statuses: Status) -> Run | None:
     """The newest of them, other than the members of sweeps, whatever recipe asked for it."""
-    wanted = _unnamed(json.loads(json.dumps(job.config.to_dict())))
+    wanted = _training(json.loads(json.dumps(job.config.to_dict())))
     for run in reversed(list_runs(job.config.runs_dir)):
         found = run.status in statuses and "sweep" not in run.info
-        if found and _unnamed(run.info.get("config", {})) == wanted:
+        if found and _training(run.info.get("config", {})) == wanted:
             return run
     return None
 
 
-def _unnamed(config: Mapping[str, Any]) -> dict[str, Any]:
-    asked = ("recipe", "stand_in_for", "run_name")
-    return {name: value for name, value in config.items() if name not in asked}
+def _training(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is trained; not who asked for it, where and how fast."""
+    return {name: value for name, value in config.items() if name not in NOT_TRAINING}
 
 
 def check_before_work(config: Config) -> None:

@@ -376,8 +376,7 @@ class PhaseRun:
         head = head_name(self.start.network)
         parts: dict[str, list[str]] = {"backbone": [], "head": []}
         for name in self.part.unfrozen:
-            inside = name == head or name.startswith(f"{head}.")
-            parts["head" if inside else "backbone"].append(name)
+            parts["head" if _is_in(head, name) else "backbone"].append(name)
         found = {
             part: weight_change(self.start.network, self.tail, names)
             for part, names in parts.items()
@@ -521,8 +520,11 @@ class PhaseRun:
 
 def _head_size(network: nn.Module) -> int:
     head = head_name(network)
-    names = trainable_modules(network)
-    return sum(name == head or name.startswith(f"{head}.") for name in names)
+    return sum(_is_in(head, name) for name in trainable_modules(network))
+
+
+def _is_in(module: str, name: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
 
 
 def pretrained_labels(photos: Photos, start: Start) -> Split:

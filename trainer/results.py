@@ -73,11 +73,12 @@ def row(entry: Entry, run: Run) -> Row:
     return Row(entry, dict(_figures(run)))
 
 
-def data_of(run: Run) -> str:
-    """What to call the photos of a run: their name, and what they stand in for."""
+def data_of(run: Run, stand_in_for: str | None) -> str:
+    """What to call the photos of an experiment's run: their name, and what they stand in for there.
+
+    The run itself may have been trained for something else, and does not know."""
     name = str(run.info.get("dataset", {}).get("name", ""))
-    instead = run.info.get("config", {}).get("stand_in_for")
-    return f"{name} (standing in for {instead})" if isinstance(instead, str) else name
+    return name if stand_in_for is None else f"{name} (standing in for {stand_in_for})"
 
 
 def _figures(run: Run) -> Iterable[tuple[str, float]]:

@@ -100,7 +100,7 @@ def run_experiment(experiment: Experiment) -> int:
                     _test(run)
                     known = entry(label, run, experiment.published(stage, run))
                     rows.append(row(known, run))
-                    data = data_of(run)
+                    data = data_of(run, stage.settings.get("stand_in_for"))
             _write(experiment, rows, data, runs_dir)
     except (KeyboardInterrupt, SystemExit):
         print("The same command goes on where this experiment was interrupted.")
