@@ -28,11 +28,12 @@ def flags(run: Run) -> list[str]:
     if run.phase != "finetune" or len(records) < 2 or records[0].phase_epoch != 0:
         return []
     start, *trained = records
+    still = _hardly_moved(run)
     found = (
-        _hardly_moved(run),
+        still,
         _dropped(start, trained[0]),
         _widening(trained),
-        _at_the_edge(run, trained),
+        "" if still else _at_the_edge(run, trained),  # which epoch was best then means nothing
     )
     return [text for text in found if text]
 

@@ -125,7 +125,7 @@ def dots(points: pd.DataFrame) -> alt.LayerChart:
     room = max((high - low) / 20, 0.5)
     domain = [max(0.0, low - room), min(100.0, high + room)]
     scale = alt.Scale(domain=domain, nice=False, zero=False)
-    x = alt.X("accuracy:Q", title="Accuracy (%)", scale=scale)
+    x = alt.X("accuracy:Q", title="Accuracy (%)", scale=scale, axis=alt.Axis(tickCount=8))
     legend = alt.Legend(orient="top", title=None)
     base = alt.Chart(points)
     marks = base.encode(

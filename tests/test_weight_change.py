@@ -65,7 +65,7 @@ def test_a_run_says_how_far_its_backbone_and_its_head_moved(train_awake: Train) 
 def test_at_a_rate_below_what_float32_resolves_the_explorer_says_so(train_awake: Train) -> None:
     _, run = _two_phases(train_awake, "1e-10")
     assert run.info["weight_change"]["backbone"]["changed"] < 0.5
-    (said,) = [line for line in flags(run) if "moved" in line]
+    (said,) = flags(run)  # not also that the best epoch was the last
     assert "float32 rounds such small steps away" in said
 
 
