@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from explorer.access import may_write
-from trainer.files import read_bounded
-from trainer.runlog import RunError, write_atomically
+from trainer.files import read_bounded, write_atomically
+from trainer.runlog import RunError
 
 ANNOTATIONS_JSON: Final = "annotations.json"
 MAX_NAME: Final = 60

@@ -18,15 +18,7 @@ from typing import Final, Literal
 import pandas as pd
 
 from explorer.annotations import ANNOTATIONS_JSON, Annotation, load_annotation
-from trainer.runlog import (
-    Run,
-    RunError,
-    RunReader,
-    Stamp,
-    checkpoint_path,
-    run_folders,
-    stamp,
-)
+from trainer.runlog import Run, RunError, RunReader, Stamp, checkpoint_path, run_folders, stamp
 from trainer.schema import CHECKPOINTS, EPOCH_FIELDS, PREDICTIONS
 
 RUNS_DIR_VARIABLE: Final = "THAW_RUNS_DIR"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from trainer.cli import guarded, inert
-from trainer.runlog import find_run, write_atomically
+from trainer.files import write_atomically
+from trainer.runlog import find_run
 from trainer.schema import ThawError
 
 if TYPE_CHECKING:

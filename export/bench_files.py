@@ -11,13 +11,7 @@ from export.classifier import Classifier
 from export.engines import torch_candidates
 from export.metadata import ModelFileError, ModelMetadata
 from export.timing import BenchError, Candidate, LeftOut
-from trainer.runlog import (
-    Run,
-    checkpoint_path,
-    find_run,
-    read_run,
-    run_folders,
-)
+from trainer.runlog import Run, checkpoint_path, find_run, read_run, run_folders
 from trainer.schema import RUN_JSON, ThawError
 
 

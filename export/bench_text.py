@@ -19,10 +19,8 @@ from export.bench_files import ModelFile
 from export.gpu import gpu_name
 from export.timing import BenchError, LeftOut, Measured, Row
 from trainer.cli import inert
+from trainer.files import write_atomically
 from trainer.process import cpu_name, usable_cores, version_of
-from trainer.runlog import (
-    write_atomically,
-)
 
 _ENOUGH_CALLS: Final = 100  # for a 99th percentile
 _NOISY: Final = 0.2

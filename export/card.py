@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from export.card_facts import gather
 from export.card_training import data, front_matter, limits, summary, training
 from export.card_worth import contract, equality, files, results, use
-from trainer.runlog import Run, list_runs, write_atomically
+from trainer.files import write_atomically
+from trainer.runlog import Run, list_runs
 from trainer.schema import ThawError
 
 if TYPE_CHECKING:

@@ -35,10 +35,11 @@ from export.seal import seal
 from export.session import open_session
 from trainer.cache import say
 from trainer.checkpoint import Checkpoint, load_model
+from trainer.files import write_atomically
 from trainer.model import TIMM_PREFIX, InputNormalize
 from trainer.preprocess import Photo
 from trainer.process import hushed
-from trainer.runlog import Run, checkpoint_path, write_atomically
+from trainer.runlog import Run, checkpoint_path
 from trainer.schema import MODEL_ONNX, PARITY_JSON, Preprocess, ThawError
 
 # The oldest that torch's exporter writes (asked for an older one, it writes this one); ONNX Runtime

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.runlog import RunWriter
+from trainer.run_writer import RunWriter
 from trainer.schema import EpochRecord, Phase, PhaseRecord
 
 TRUNK_ACCURACY = (0.20, 0.50, 0.60, 0.70)

@@ -47,7 +47,8 @@ from explorer.gallery import chosen_photos, photo_path, photo_table, small_jpeg
 from tests.explorer_runs import write_run, write_trunk
 from trainer.evidence import EvidenceError, Predictions, compare
 from trainer.preprocess import PhotoError
-from trainer.runlog import RunWriter, read_run
+from trainer.run_writer import RunWriter
+from trainer.runlog import read_run
 
 NAMES: Names = ("Before unfreezing", "After unfreezing")
 CLASSES = ("daisy", "rose", "tulip")

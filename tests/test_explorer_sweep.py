@@ -27,7 +27,8 @@ from trainer.grid import Plan, plan
 from trainer.loop import diverged
 from trainer.ranking import standings
 from trainer.recipe import parse
-from trainer.runlog import Run, RunWriter, read_run
+from trainer.run_writer import RunWriter
+from trainer.runlog import Run, read_run
 from trainer.schema import PhaseRecord
 
 Results = Callable[[Config], "float | str"]

@@ -29,7 +29,8 @@ from trainer.checkpoint import Checkpoint, load_model, save_checkpoint
 from trainer.cli import guarded
 from trainer.model import ModelSpec, build_model
 from trainer.preprocess import load_photo
-from trainer.runlog import Run, RunWriter, checkpoint_path, read_run
+from trainer.run_writer import RunWriter
+from trainer.runlog import Run, checkpoint_path, read_run
 from trainer.schema import PhaseRecord, Preprocess, ThawError
 
 CLASSES = ("daisy", "rose", "tulip")

@@ -27,7 +27,8 @@ from tests.test_export import make_run
 from trainer.__main__ import main
 from trainer.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from trainer.loop import Objective
-from trainer.runlog import Run, RunReader, RunWriter, list_runs, read_run
+from trainer.run_writer import RunWriter
+from trainer.runlog import Run, RunReader, list_runs, read_run
 
 # --- signals --------------------------------------------------------------------------------------
 

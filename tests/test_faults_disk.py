@@ -18,7 +18,9 @@ from tests.conftest import TINY
 from tests.explorer_runs import write_finetune, write_trunk
 from tests.faults import replace_call, run
 from trainer.checkpoint import load_checkpoint
-from trainer.runlog import RunError, RunWriter, list_runs, read_run, write_atomically
+from trainer.files import write_atomically
+from trainer.run_writer import RunWriter
+from trainer.runlog import RunError, list_runs, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 _SIZE = 48 << 20

@@ -32,7 +32,8 @@ from trainer.data import find_fingerprint, load_photos
 from trainer.evidence import load_predictions
 from trainer.intake import PhotoError, read_photo
 from trainer.listing import DataError, list_photos
-from trainer.runlog import Run, RunError, check_writable, list_runs
+from trainer.run_writer import check_writable
+from trainer.runlog import Run, RunError, list_runs
 from trainer.schema import Preprocess
 from trainer.survey import survey
 from trainer.tensorboard import TensorBoardLog

@@ -22,9 +22,11 @@ from tests.conftest import TINY
 from tests.faults import figures, kill_at, litter, run, start
 from trainer.__main__ import main
 from trainer.checkpoint import load_checkpoint
+from trainer.files import write_atomically
 from trainer.journal import Entry, Journal, Kept
 from trainer.resume import resume_of
-from trainer.runlog import Run, RunWriter, list_runs, read_run, write_atomically
+from trainer.run_writer import RunWriter
+from trainer.runlog import Run, list_runs, read_run
 
 EPOCHS = 3
 VIEWS = ("--rotation", "0.05", "--noise", "2")
@@ -159,10 +161,10 @@ def test_killed_at_random_moments(
         *(slow("os:fsync", call) for call in range(1, 34, 4)),  # a temporary file is there
         *(slow("trainer.phase:save_checkpoint", call) for call in range(1, 7)),
         *(slow("trainer.journal:Journal.write", call) for call in (1, 3, 4, 6)),
-        slow("trainer.runlog:RunWriter.close", 1),
-        slow("trainer.runlog:RunWriter.close", 2),
-        slow("trainer.runlog:RunWriter.start_phase", 1),
-        slow("trainer.runlog:RunWriter.start_phase", 2),
+        slow("trainer.run_writer:RunWriter.close", 1),
+        slow("trainer.run_writer:RunWriter.close", 2),
+        slow("trainer.run_writer:RunWriter.start_phase", 1),
+        slow("trainer.run_writer:RunWriter.start_phase", 2),
     ],
 )
 def test_killed_where_it_hurts(
@@ -202,7 +204,7 @@ def whole_sweep(tmp_path_factory: pytest.TempPathFactory, heads: list[str]) -> P
         ("trainer.journal:Journal.write", 5),  # one member is an epoch ahead of the others
         *(slow("trainer.journal:Journal.write", call) for call in (2, 3, 4, 6, 8)),
         *(slow("trainer.phase:save_checkpoint", call) for call in (1, 2, 4, 5, 8)),
-        *(slow("trainer.runlog:RunWriter.create", call) for call in (2, 3)),
+        *(slow("trainer.run_writer:RunWriter.create", call) for call in (2, 3)),
     ],
 )
 def test_a_sweep_killed_where_its_members_part(

@@ -20,7 +20,8 @@ from trainer.__main__ import main
 from trainer.checkpoint import load_checkpoint
 from trainer.config import Config, ConfigError
 from trainer.recipe import parse
-from trainer.runlog import Run, RunWriter, list_runs
+from trainer.run_writer import RunWriter
+from trainer.runlog import Run, list_runs
 from trainer.schema import PhaseRecord
 
 GRADUAL = ("--unfreeze", "1", "--gradual", "5@1,20@3")

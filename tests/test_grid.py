@@ -14,7 +14,8 @@ from tests.explorer_runs import write_run
 from trainer.config import Augmentation, Config, Schedule
 from trainer.grid import NOT_TRAINING, Plan, SweepError, plan
 from trainer.recipe import parse
-from trainer.runlog import Run, RunWriter, read_run
+from trainer.run_writer import RunWriter
+from trainer.runlog import Run, read_run
 from trainer.schema import PhaseRecord, ThawError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,8 @@ from trainer.imports import huggingface, tables, write
 from trainer.imports.logs import LogError
 from trainer.imports.read import read_all
 from trainer.imports.tags import choose, take_apart
-from trainer.runlog import Run, RunWriter, list_runs
+from trainer.run_writer import RunWriter
+from trainer.runlog import Run, list_runs
 from trainer.schema import EpochRecord
 
 DAY = 1_600_000_000.0

@@ -33,7 +33,8 @@ from trainer.config import Config
 from trainer.listing import list_photos
 from trainer.model import InputNormalize, ModelSpec, build_model, head_name
 from trainer.preprocess import load_photo
-from trainer.runlog import Run, RunWriter, checkpoint_path, read_run
+from trainer.run_writer import RunWriter
+from trainer.runlog import Run, checkpoint_path, read_run
 from trainer.schema import PhaseRecord, Preprocess
 
 PREPROCESS = Preprocess(resize=72, crop=64)

@@ -17,7 +17,8 @@ import trainer.progress
 from tests.conftest import TINY, Train
 from tests.test_together import PHOTOS, figures, sweep
 from trainer.checkpoint import load_checkpoint
-from trainer.runlog import Run, RunError, RunWriter, list_runs, read_run
+from trainer.run_writer import RunWriter
+from trainer.runlog import Run, RunError, list_runs, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 4

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from trainer.run_writer import RunWriter
 from trainer.runlog import (
     Run,
     RunError,
     RunReader,
-    RunWriter,
     _Log,
     checkpoint_path,
     find_run,

@@ -20,7 +20,8 @@ from trainer.grid import Plan, SweepInfo, plan
 from trainer.predict import Prediction
 from trainer.ranking import ranking, standings, verdict
 from trainer.recipe import parse
-from trainer.runlog import Run, RunWriter, list_runs, read_run
+from trainer.run_writer import RunWriter
+from trainer.runlog import Run, list_runs, read_run
 from trainer.schema import EpochRecord, PhaseRecord, Status
 from trainer.sweep import Engine, earlier, find_parent, main
 

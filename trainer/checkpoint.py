@@ -18,9 +18,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from trainer.files import read_bounded
+from trainer.files import read_bounded, write_atomically
 from trainer.model import ModelError, ModelSpec, build_model
-from trainer.runlog import write_atomically
 from trainer.schema import SCHEMA_VERSION, Phase, Preprocess, ThawError
 
 _MOST_BYTES: Final = 16 << 30

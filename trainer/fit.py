@@ -19,7 +19,8 @@ from trainer.phase import PhaseRun, pretrained_labels
 from trainer.progress import Progress, summary
 from trainer.ranking import count
 from trainer.resume import Resume, find_resume, resume_of
-from trainer.runlog import Run, check_writable, find_run, is_being_written, list_runs, read_run
+from trainer.run_writer import check_writable
+from trainer.runlog import Run, find_run, is_being_written, list_runs, read_run
 from trainer.schema import Preprocess, Status, ThawError
 from trainer.start import (
     Start,

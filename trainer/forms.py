@@ -25,8 +25,8 @@ from torch import Tensor, fx
 
 from trainer.cache import code_digest
 from trainer.config import Precision
+from trainer.files import write_atomically
 from trainer.prefix import Activations
-from trainer.runlog import write_atomically
 
 FormName = Literal["plain", "folded", "onnxruntime", "compiled", "bfloat16"]
 Run = Callable[[Tensor], Activations]

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.checkpoint import CheckpointError
-from trainer.runlog import said_with_space
+from trainer.files import said_with_space
 from trainer.schema import SCHEMA_VERSION, Phase
 
 _DIGEST_BYTES = 64

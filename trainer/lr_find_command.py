@@ -16,8 +16,9 @@ from tqdm import tqdm
 from trainer.__main__ import build_parser, config_of
 from trainer.cli import guarded
 from trainer.config import Config, ConfigError
+from trainer.files import write_atomically
 from trainer.process import prepare_process
-from trainer.runlog import check_writable, write_atomically
+from trainer.run_writer import check_writable
 from trainer.schema import LR_FIND, SCHEMA_VERSION
 
 if TYPE_CHECKING:

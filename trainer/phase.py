@@ -22,13 +22,15 @@ from trainer.config import Config, OptimizerName
 from trainer.data import Photos, Split
 from trainer.depth import distances
 from trainer.environment import peak_memory_bytes
+from trainer.files import write_atomically
 from trainer.graphs import TrainingForward
 from trainer.journal import Entry, Journal, Kept
 from trainer.loop import Evaluation, Objective, TrainingResult, diverged
 from trainer.model import head_name, set_train_mode, trainable_modules, trainable_parameters
 from trainer.prefix import Cut, Trace
 from trainer.resume import Resume
-from trainer.runlog import RunError, RunWriter, write_atomically
+from trainer.run_writer import RunWriter
+from trainer.runlog import RunError
 from trainer.schedule import learning_rate
 from trainer.schema import CHECKPOINTS, EpochRecord, PhaseRecord, Status, ThawError, Unfreezing
 from trainer.start import Start

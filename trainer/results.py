@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from trainer.cli import inert, inert_cell
 from trainer.experiment import FIGURES, Published
-from trainer.files import read_bounded
-from trainer.runlog import Run, RunError, write_atomically
+from trainer.files import read_bounded, write_atomically
+from trainer.runlog import Run, RunError
 from trainer.tested import read_tested
 
 _NO_VALUE: Final = "–"

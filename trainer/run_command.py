@@ -11,11 +11,13 @@ from trainer.__main__ import config_of, stop_on_signals
 from trainer.cli import guarded, inert
 from trainer.config import Config
 from trainer.experiment import Experiment, Stage, find_experiment
+from trainer.files import write_atomically
 from trainer.grid import SWEPT, Request, grid
 from trainer.process import prepare_process
 from trainer.recipe import build_sweep_parser
 from trainer.results import Row, Table, data_of, entry, markdown, row, text, to_csv, write_table
-from trainer.runlog import Run, RunError, check_writable, write_atomically
+from trainer.run_writer import check_writable
+from trainer.runlog import Run, RunError
 from trainer.sweep import Engine, train_all
 
 # What may be said beside a recipe: where, how much, how fast. The rest is the experiment.

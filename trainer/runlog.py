@@ -1,4 +1,4 @@
-"""Runs on disk: create, append, read, follow (standard library only).
+"""Runs on disk: list, read, follow (standard library only); trainer.run_writer writes them.
 
 A run is a folder `runs/<run_id>/` with run.json (what it is) and metrics.jsonl (what happened, one
 JSON object a line, append-only). Readers accept a run that is being written: a torn last line, an
@@ -7,26 +7,21 @@ unknown event or a newer schema never raises out of `list_runs`.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
-import glob
 import json
 import math
 import operator
 import os
 import re
-import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
-from trainer.files import open_regular, read_bounded
+from trainer.files import lock, open_regular, read_bounded
 from trainer.schema import (
     CHECKPOINTS,
     EPOCH_FIELDS,
@@ -37,374 +32,18 @@ from trainer.schema import (
     RUN_JSON,
     SCHEMA_VERSION,
     EpochRecord,
-    Phase,
-    PhaseRecord,
     Status,
     ThawError,
-    Unfreezing,
 )
 
 _RUN_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-# Nobody but the run's own writer writes here.
-_OWN_FOLDERS: Final = (CHECKPOINTS, PREDICTIONS)
 _VALUES: Final = operator.itemgetter(*EPOCH_FIELDS)
 _NONE_BEFORE_ANY_STEP: Final = ("train_loss", "train_acc")
-_TEMPORARY: Final = ".tmp"
-# Writing a file takes seconds; after this nobody is writing it any more.
-_ABANDONED_SECONDS: Final = 3600.0
-# The disk is full, or the share of it that a user or a process may have.
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# A reader that looks whether a run is written holds the lock for an instant.
-_LOCK_SECONDS: Final = 0.3
 _WHOLE_NUMBERS: Final = ("epoch", "phase_epoch", "trainable_params", "peak_memory_bytes")
 
 
 class RunError(ThawError):
     """A run folder that cannot be read or written."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` whole or leave it as it was, also through a crash or a full disk.
-
-    Raises OSError, on a full disk saying how much space is left.
-    """
-    try:
-        _replace(path, content)
-    except OSError as error:
-        raise said_with_space(error, path) from error
-
-
-def said_with_space(error: OSError, path: Path) -> OSError:
-    """The error as it is, or where the disk of `path` is full, with what is left in its text."""
-    if error.errno not in _FULL:
-        return error
-    try:
-        free = shutil.disk_usage(path.parent).free
-    except OSError:
-        return error
-    space = f"{error.strerror}, {free / 1e6:,.1f} MB are free in {path.parent}"
-    return OSError(error.errno, space, str(path))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    remove_temporary(path.parent, glob.escape(path.name), _ABANDONED_SECONDS)
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY
-    )
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide the run from a shared explorer
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def remove_temporary(folder: Path, name: str, age: float) -> None:
-    """Remove what processes left behind that were killed while they wrote `folder`/`name`; `age`
-    in seconds is how long nobody may have touched it. `name` is a pattern."""
-    with contextlib.suppress(OSError):
-        for path in folder.glob(f".{name}.*{_TEMPORARY}"):
-            if time.time() - path.stat().st_mtime >= age:
-                path.unlink(missing_ok=True)
-
-
-# --- writing ----------------------------------------------------------------------------------
-
-
-class RunWriter:
-    """Writes one run; the only writer of its folder.
-
-    `info` is the content of run.json; change it with `update`, which saves it at once.
-    """
-
-    def __init__(self, path: Path, info: dict[str, Any]) -> None:
-        self.path = path
-        self.info = info
-        try:
-            # Unbuffered: of a line that cannot be written nothing is left to be written later.
-            self._metrics = (path / METRICS_JSONL).open("ab", buffering=0)
-        except OSError as error:
-            raise _not_written(path / METRICS_JSONL, error) from error
-        self._log = os.fstat(self._metrics.fileno())
-        try:
-            if not _lock_patiently(self._metrics):
-                raise RunError(f"Run {path.name} is being written by another process.")
-            self._save()
-        except BaseException:
-            self._metrics.close()
-            raise
-
-    @property
-    def run_id(self) -> str:
-        return self.path.name
-
-    @classmethod
-    def create(cls, runs_dir: Path, name: str, info: Mapping[str, Any]) -> RunWriter:
-        """Make a new folder `<date>-<time>-<name>` under `runs_dir`; never reuses one.
-
-        Raises RunError when the folder cannot be written.
-        """
-        stem = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{_slug(name)}"
-        return cls._begin(_new_folder(runs_dir, stem), info)
-
-    @classmethod
-    def begin_again(cls, run: Run, info: Mapping[str, Any]) -> RunWriter:
-        """As `create`, in the folder of a run that was stopped before anything was kept of it.
-
-        Raises RunError while another process writes it.
-        """
-        writer = cls._begin(run.path, info)
-        os.truncate(run.path / METRICS_JSONL, 0)
-        writer._remove_temporary()
-        return writer
-
-    @classmethod
-    def _begin(cls, path: Path, info: Mapping[str, Any]) -> RunWriter:
-        for folder in _OWN_FOLDERS:
-            try:
-                (path / folder).mkdir(exist_ok=True)
-            except OSError as error:
-                raise _not_written(path / folder, error) from error
-        head = {
-            "schema_version": SCHEMA_VERSION,
-            "run_id": path.name,
-            **_running(),
-            "started": time.time(),
-            "phases": [],
-        }
-        return cls(path, head | dict(info))
-
-    @classmethod
-    def reopen(cls, run: Run, last_epoch: int) -> RunWriter:
-        """Go on with a run after its epoch `last_epoch`; what it logged after that is dropped.
-
-        Raises RunError while another process writes it.
-        """
-        writer = cls(run.path, {**run.info, **_running()})
-        writer._remove_temporary()
-        log = run.path / METRICS_JSONL
-        os.truncate(log, _end_of_epoch(log.read_bytes(), last_epoch))
-        writer.note(f"Resumed after epoch {last_epoch}.")
-        return writer
-
-    def checkpoint(self, name: str) -> Path:
-        """`name` is `<phase>-best` or `<phase>-last`."""
-        return self._folder(CHECKPOINTS) / f"{name}.pt"
-
-    def predictions(self, name: str) -> Path:
-        """`name` is `before` or `after`."""
-        return self._folder(PREDICTIONS) / f"{name}.npz"
-
-    def _folder(self, name: str) -> Path:
-        """A folder of the run; made again where somebody has removed it meanwhile."""
-        self.check_there()
-        path = self.path / name
-        try:
-            path.mkdir(exist_ok=True)
-        except OSError as error:
-            raise _not_written(path, error) from error
-        return path
-
-    def _remove_temporary(self) -> None:
-        """What an earlier writer of this run left behind that was killed."""
-        remove_temporary(self.path, RUN_JSON, age=-math.inf)
-        for folder in _OWN_FOLDERS:
-            remove_temporary(self.path / folder, "*", age=-math.inf)
-
-    def update(self, **changes: Any) -> None:
-        self.info.update(changes)
-        self._save()
-
-    def start_phase(self, phase: PhaseRecord) -> None:
-        self.update(phases=[*self.info["phases"], phase.to_dict()])
-        self._append(
-            {
-                "event": "phase",
-                "phase": phase.name,
-                "epoch": phase.first_epoch,
-                "trainable_params": phase.trainable_params,
-                "time": time.time(),
-            }
-        )
-
-    def unfreeze(self, phase: Phase, unfreezing: Unfreezing) -> None:
-        """Further layers train from here on, as the phase's record says they will."""
-        self._append(
-            {
-                "event": "unfreeze",
-                "phase": phase,
-                "epoch": unfreezing.epoch,
-                "trainable_params": unfreezing.trainable_params,
-                "time": time.time(),
-            }
-        )
-
-    def end_phase(self, last_epoch: int) -> None:
-        *earlier, phase = self.info["phases"]
-        self.update(phases=[*earlier, phase | {"last_epoch": last_epoch}])
-
-    def epoch(self, record: EpochRecord) -> None:
-        self._append(record.to_dict())
-
-    def imported_epoch(self, record: EpochRecord) -> None:
-        """As `epoch`, but a NaN says that the imported log does not hold this number."""
-        values = record.to_dict().items()
-        self._append({name: None if value != value else value for name, value in values})
-
-    def note(self, text: str) -> None:
-        self._append({"event": "note", "text": text, "time": time.time()})
-
-    def close(self, status: Status, reason: str | None = None) -> None:
-        """Write the "stop" event and the final status."""
-        try:
-            self._append({"event": "stop", "status": status, "reason": reason, "time": time.time()})
-            self.update(status=status, ended=time.time())
-        finally:
-            self._metrics.close()  # last: who finds the lock open may rely on the status
-
-    def check_there(self) -> None:
-        """Raise RunError where somebody has deleted or moved the run's folder: a log that is open
-        takes every line without an error then, and loses it."""
-        try:
-            there = os.path.samestat((self.path / METRICS_JSONL).stat(), self._log)
-        except OSError:
-            there = False
-        if not there:
-            raise RunError(
-                f"The run folder {self.path} was deleted or moved while the run was trained, so "
-                "nothing more can be recorded. Where it was moved, move it back and go on with "
-                "--resume; where it was deleted, train again."
-            )
-
-    def _append(self, event: Mapping[str, Any]) -> None:
-        self.check_there()
-        # allow_nan=False: a non-finite loss must stop the run, not write a line nobody can parse.
-        line = json.dumps(event, allow_nan=False).encode() + b"\n"
-        end = os.fstat(self._metrics.fileno()).st_size
-        try:
-            while line:
-                line = line[self._metrics.write(line) :]
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._metrics.fileno(), end)
-            raise _not_written(self.path / METRICS_JSONL, error) from error
-
-    def _save(self) -> None:
-        self.check_there()
-        text = json.dumps(self.info, indent=2, allow_nan=False)
-        try:
-            write_atomically(self.path / RUN_JSON, text.encode())
-        except OSError as error:
-            raise _not_written(self.path / RUN_JSON, error) from error
-
-
-def _not_written(path: Path, error: OSError) -> RunError:
-    return RunError(f"Cannot write {path}: {said_with_space(error, path).strerror}.")
-
-
-def _running() -> dict[str, Any]:
-    return {"status": "running", "pid": os.getpid(), "ended": None}
-
-
-def _lock_patiently(file: IO[bytes]) -> bool:
-    """Lock it for writing; whether nobody else writes it."""
-    until = time.monotonic() + _LOCK_SECONDS
-    while not _lock(file, fcntl.LOCK_EX):
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def _lock(file: IO[bytes], kind: int) -> bool:
-    """Whether nobody else holds a lock against it. A lock ends with its process, however that
-    ends; on a file system without locks nobody ever holds one."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def is_being_written(run: Run) -> bool:
-    """Whether a process writes the run now, whatever its status says: one that was killed leaves
-    the status "running" behind."""
-    try:
-        with open_regular(run.path / METRICS_JSONL) as file:
-            return not _lock(file, fcntl.LOCK_SH)
-    except OSError:
-        return False
-
-
-def _is_let_go(log: Path) -> bool:
-    """Whether the process that wrote a log is gone; False also where that cannot be known."""
-    try:
-        with open_regular(log) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _end_of_epoch(content: bytes, epoch: int) -> int:
-    """The offset behind the line of an epoch in a log."""
-    end, offset = 0, 0
-    for line in content.splitlines(keepends=True):
-        offset += len(line)
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and event.get("event") == "epoch":
-            if event.get("epoch", epoch) > epoch:
-                break
-            end = offset
-    return end
-
-
-def check_writable(runs_dir: Path) -> None:
-    """Raise RunError where no run folder can be made; changes nothing."""
-    existing = next(
-        path for path in (runs_dir.absolute(), *runs_dir.absolute().parents) if path.exists()
-    )
-    if not existing.is_dir():
-        raise _cannot_write(runs_dir, f"{existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise _cannot_write(runs_dir, f"no permission to write to {existing}")
-
-
-def _cannot_write(runs_dir: Path, reason: str | None) -> RunError:
-    return RunError(
-        f"Cannot write to the runs folder {runs_dir}: {reason}. Choose another with --runs-dir."
-    )
-
-
-def _new_folder(runs_dir: Path, stem: str) -> Path:
-    try:
-        runs_dir.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1, 1000):
-            path = runs_dir / (stem if attempt == 1 else f"{stem}-{attempt}")
-            try:
-                path.mkdir()
-            except FileExistsError:
-                continue
-            return path
-    except OSError as error:
-        raise _cannot_write(runs_dir, error.strerror) from error
-    raise RunError(f"{runs_dir} already holds 999 runs named {stem}; choose another --run-name.")
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
-
-
-# --- reading ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -596,6 +235,26 @@ def find_run(runs_dir: Path, reference: str) -> Run:
     raise RunError(
         f"No run {reference!r} in {runs_dir}. It holds: {', '.join(names) or 'no runs at all'}."
     )
+
+
+def is_being_written(run: Run) -> bool:
+    """Whether a process writes the run now, whatever its status says: one that was killed leaves
+    the status "running" behind."""
+    try:
+        with open_regular(run.path / METRICS_JSONL) as file:
+            return not lock(file, fcntl.LOCK_SH)
+    except OSError:
+        return False
+
+
+def _is_let_go(log: Path) -> bool:
+    """Whether the process that wrote a log is gone; False also where that cannot be known."""
+    try:
+        with open_regular(log) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def follow(path: Path) -> Iterator[EpochRecord | None]:

@@ -17,7 +17,8 @@ from trainer.grid import Place, Plan, Request, SweepInfo, plan, swept, trunk, wo
 from trainer.process import prepare_process
 from trainer.ranking import count, ranking, table
 from trainer.recipe import parse
-from trainer.runlog import Run, check_writable, find_run, list_runs
+from trainer.run_writer import check_writable
+from trainer.runlog import Run, find_run, list_runs
 
 if TYPE_CHECKING:
     from trainer.predict import Prediction

@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.files import read_bounded
-from trainer.runlog import Run, RunError, write_atomically
+from trainer.files import read_bounded, write_atomically
+from trainer.runlog import Run, RunError
 from trainer.schema import TEST_JSON
 
 

@@ -22,7 +22,8 @@ from trainer.phase import Part, PhaseRun, Stage
 from trainer.prefix import Trace, trace
 from trainer.progress import Progress
 from trainer.resume import Resume
-from trainer.runlog import Run, RunWriter
+from trainer.run_writer import RunWriter
+from trainer.runlog import Run
 from trainer.schema import Status, ThawError
 from trainer.start import Start
 

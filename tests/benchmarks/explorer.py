@@ -45,7 +45,7 @@ from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
 from tests.browser.conftest import CHROMIUM_FLAGS, ROOT, _free_port, serve
 from trainer.config import Config, Schedule, ScheduleName
-from trainer.runlog import RunWriter
+from trainer.run_writer import RunWriter
 from trainer.schema import EpochRecord, PhaseRecord, Preprocess
 from trainer.tensorboard import TensorBoardLog
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from trainer.imports.find import Skipped
 from trainer.imports.logs import Log, LogError
 from trainer.imports.plan import NewRun
-from trainer.runlog import Run, RunWriter, check_writable
+from trainer.run_writer import RunWriter, check_writable
+from trainer.runlog import Run
 from trainer.schema import PhaseRecord
 
 
