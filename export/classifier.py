@@ -72,13 +72,18 @@ class Classifier:
     """
 
     def __init__(
-        self, session: Session, metadata: ModelMetadata, content: bytes, batch: int | None
+        self,
+        session: Session,
+        metadata: ModelMetadata,
+        content: bytes,
+        batch: int | None,
+        cores: int,
     ) -> None:
         self._session = session
         self.metadata = metadata
         self._content = content
         self._batch = batch
-        self._cores = usable_cores()
+        self._cores = cores
         self._pool = ThreadPoolExecutor(self._cores, "photos")
         self._all_cores: Session | None = None
         self._opening = threading.Lock()
@@ -98,17 +103,28 @@ class Classifier:
         Raises ModelFileError, or DeviceError (see `open_session`).
         """
         try:
-            content = read_bounded(path, MOST_BYTES)
-            sealed = check_seal(content)
-            session = open_session(content, device, batch or BATCH, one_core=True, tell=tell)
-            props = session.runtime.get_modelmeta().custom_metadata_map
-            metadata = ModelMetadata.from_props(props, sealed)
-            _check_shapes(session, metadata)
+            return cls.of(read_bounded(path, MOST_BYTES), device, batch, tell)
         except OSError as error:
             raise ModelFileError(f"Cannot read the model {path}: {error.strerror}.") from error
         except ModelFileError as error:
             raise ModelFileError(f"{path} is not a model that Thaw can use: {error}") from error
-        return cls(session, metadata, content, batch)
+
+    @classmethod
+    def of(
+        cls,
+        content: bytes,
+        device: Device = "auto",
+        batch: int | None = None,
+        tell: Tell | None = None,
+        cores: int | None = None,
+    ) -> Classifier:
+        """As `load`, from what such a file holds; on `cores`, or all that there are."""
+        sealed = check_seal(content)
+        session = open_session(content, device, batch or BATCH, one_core=True, tell=tell)
+        props = session.runtime.get_modelmeta().custom_metadata_map
+        metadata = ModelMetadata.from_props(props, sealed)
+        _check_shapes(session, metadata)
+        return cls(session, metadata, content, batch, cores or usable_cores())
 
     @property
     def classes(self) -> tuple[str, ...]:

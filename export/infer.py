@@ -45,19 +45,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 all classified, 1 some photos could not be
     read, 2 nothing done."""
     args = _parser().parse_args(argv)
-    return guarded(lambda: _classify(args))
+    _refuse_mixed(args)
+    return guarded(lambda: _engine(args))
+
+
+def _engine(args: argparse.Namespace) -> int:
+    if args.engine == "local":
+        return _classify(args)
+    from export.infer_ray import classify_on_ray
+
+    return classify_on_ray(args)
 
 
 def find_photos(paths: Iterable[Path]) -> list[Path]:
     """The files as given, and of folders all photos below them, sorted. Raises PathError."""
     paths = list(paths)
-    photos = [photo for path in paths for photo in _photos_of(path)]
+    photos = [photo for path in paths for photo in photos_of(path)]
     if not photos:
         raise PathError(f"No photos in {', '.join(map(str, paths))}.")
     return photos
 
 
-def _photos_of(path: Path) -> list[Path]:
+def photos_of(path: Path) -> list[Path]:
+    """The file itself, or all photos below a folder, sorted. Raises PathError."""
     try:
         if path.is_dir():
             return list(_photos_below(path))
@@ -78,9 +88,9 @@ def _photos_below(folder: Path) -> Iterator[Path]:
 
 
 def _classify(args: argparse.Namespace) -> int:
-    classifier = Classifier.load(args.model, args.device, args.batch, _note)
+    classifier = Classifier.load(args.model, args.device, args.batch, note)
     if classifier.note:
-        _note(classifier.note)
+        note(classifier.note)
     named = _named(args.paths)
     known = [photo for group in named for photo in group or ()]
     started = time.perf_counter()
@@ -103,15 +113,17 @@ def _classify(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
     print("note:", inert(text), file=sys.stderr)
 
 
 def _named(paths: Sequence[str]) -> list[list[Path] | None]:
     """The photos that the command line names, and None where they come from standard input.
     Raises PathError."""
+    if urls := [name for name in paths if "://" in name]:
+        raise PathError(f"{urls[0]} is a URL: that needs --engine ray --out FOLDER.")
     return [
-        None if from_stdin else [photo for name in names for photo in _photos_of(Path(name))]
+        None if from_stdin else [photo for name in names for photo in photos_of(Path(name))]
         for from_stdin, names in groupby(paths, lambda name: name == STDIN)
     ]
 
@@ -144,7 +156,7 @@ def _grouped(lines: Iterable[bytes]) -> Iterator[list[Path] | Result]:
     photos: list[Path] = []
     for name in (os.fsdecode(line.removesuffix(b"\r")) for line in lines):
         try:
-            photos += _photos_of(Path(name)) if name else []
+            photos += photos_of(Path(name)) if name else []
         except PathError as error:
             yield photos
             yield Result(name, error=str(error))
@@ -231,9 +243,13 @@ def _print_json(
 def _json_result(result: Result) -> dict[str, Any]:
     if result.error is not None:
         return {"file": result.photo, "error": result.error}
+    return {"file": result.photo, **json_top(result)}
+
+
+def json_top(result: Result) -> dict[str, Any]:
+    """What is said of a photo that could be read, as JSON."""
     best = result.top[0]
     return {
-        "file": result.photo,
         "label": best.label,
         "probability": best.probability,
         "top": [asdict(prediction) for prediction in result.top],
@@ -265,11 +281,35 @@ def _parser() -> argparse.ArgumentParser:
         "auto). tensorrt builds an engine for the model and GPU first, which takes minutes, once",
     )
     parser.add_argument(
-        "--top", type=_positive, default=TOP, metavar="K", help=f"classes to show (default: {TOP})"
+        "--top", type=positive, default=TOP, metavar="K", help=f"classes to show (default: {TOP})"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: many photos on Ray Data, also at URLs such as s3://bucket/folder, into Parquet "
+        "files (default: local)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="with --engine ray: where the Parquet files go, a folder or URL; the same command "
+        "again goes on where it was stopped",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="with --engine ray: a cluster, or auto (default: $RAY_ADDRESS, or this machine alone)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="with --engine ray: processes, each with a core or a GPU (default: all there are)",
     )
     parser.add_argument(
         "--batch",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"photos at a time (default: {BATCH} on a GPU; on the CPU one on each core, which is "
         "faster than batches)",
@@ -287,7 +327,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def _refuse_mixed(args: argparse.Namespace) -> None:
+    """Ends the process, as argparse does, where flags do not go together."""
+    if args.engine == "local":
+        if args.out or args.ray_address or args.workers:
+            _parser().error("--out, --ray-address and --workers need --engine ray")
+    elif args.out is None:
+        _parser().error("--engine ray needs --out FOLDER")
+    elif args.format != "table" or STDIN in args.paths:
+        _parser().error("--engine ray takes neither --json, --csv nor paths on standard input")
+
+
+def positive(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
     return int(text)

@@ -230,6 +230,7 @@ def test_external_data(
 def test_paths_without_photos(model: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "No photos in" in refused([str(model), str(tmp_path)], capsys)
     assert "no photo or folder" in refused([str(model), str(tmp_path / "no")], capsys)
+    assert "needs --engine ray" in refused([str(model), "s3://bucket/photos"], capsys)
 
 
 @pytest.mark.parametrize("flag", ["--top=0", "--batch=x", "--device=tpu"])
