@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from explorer.remote import is_url, runs_place, shown
 from trainer.runlog import RunError
 
 READ_ONLY_VARIABLE: Final = "THAW_READ_ONLY"
@@ -35,8 +36,11 @@ def read_only_because() -> str:
     """Why this process may change nothing; empty where it may.
 
     `-- --read-only` on the command line and THAW_READ_ONLY=1 ask for it. THAW_READ_ONLY=0 says that
-    an explorer which others can reach may be changed by them all the same.
+    an explorer which others can reach may be changed by them all the same. Runs at a URL are never
+    changed.
     """
+    if is_url(place := runs_place(sys.argv[1:], os.environ)):
+        return f"The runs are at {shown(place)}, and Thaw only reads what is not on this machine."
     said = os.environ.get(READ_ONLY_VARIABLE, "").strip().lower()
     if _is_asked_for(sys.argv[1:]) or (said and said not in _NO):
         return "The explorer was started read-only."

@@ -21,11 +21,12 @@ from PIL import Image
 
 from explorer.data import checkpoint_of
 from explorer.gradcam import GradCam, overlay
+from explorer.mirror import is_there
 from export.metadata import Which
 from trainer.preprocess import open_photo, side_to_decode, to_array
 from trainer.process import usable_cores
 from trainer.runlog import Run, RunError
-from trainer.schema import Preprocess, ThawError
+from trainer.schema import MODEL_ONNX, Preprocess, ThawError
 
 TOP: Final = 5
 
@@ -74,6 +75,12 @@ def slots(run: Run) -> list[Slot]:
         _slot(run, "before", "Before unfreezing"),
         _slot(run, "after", "After unfreezing"),
     ]
+
+
+def exported(run: Run) -> Path | None:
+    """The run's model.onnx, here or elsewhere; None where there is none."""
+    path = run.path / MODEL_ONNX
+    return path if is_there(path) else None
 
 
 def _slot(run: Run, which: Which, title: str) -> Slot:

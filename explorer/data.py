@@ -5,12 +5,12 @@ Knows neither Streamlit nor torch.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -18,10 +18,12 @@ from typing import Final, Literal
 import pandas as pd
 
 from explorer.annotations import ANNOTATIONS_JSON, Annotation, load_annotation
+from explorer.mirror import Mirror, is_there, known, mirror_of, url_of
+from explorer.remote import is_url, runs_place
+from trainer.reproduce import ReproduceError, command
 from trainer.runlog import Run, RunError, RunReader, Stamp, checkpoint_path, run_folders, stamp
 from trainer.schema import CHECKPOINTS, EPOCH_FIELDS, PREDICTIONS
 
-RUNS_DIR_VARIABLE: Final = "THAW_RUNS_DIR"
 DEFAULT_SHOWN: Final = 12
 FRAME_COLUMNS: Final = ("run_id", "run", "role", "boundary", "since_unfreeze", *EPOCH_FIELDS)
 
@@ -30,17 +32,18 @@ Role = Literal["run", "trunk"]
 _STAMP: Final = re.compile(r"\d{8}-\d{6}-(?=.)")
 # Phases whose whole training happened with the backbone frozen (or untouched).
 _FROZEN: Final = ("transfer", "direct")
+# Nobody knows of a lock elsewhere. Whoever trains logs every epoch, so a run that has said nothing
+# for so long was killed.
+_SILENT_SECONDS: Final = 86400.0
 
 
 def runs_dir_from(arguments: Sequence[str], environment: Mapping[str, str]) -> Path:
-    """The runs folder: `--runs-dir DIR`, else $THAW_RUNS_DIR, else `runs` where the app started."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--runs-dir")
-    try:
-        named = parser.parse_known_args(list(arguments))[0].runs_dir
-    except argparse.ArgumentError:  # `--runs-dir` without a value
-        named = None
-    return Path(named or environment.get(RUNS_DIR_VARIABLE) or "runs").expanduser()
+    """The runs folder: `--runs-dir DIR`, else $THAW_RUNS_DIR, else `runs` where the app started.
+
+    Of one at a URL the folder of this machine that mirrors it.
+    """
+    place = runs_place(arguments, environment)
+    return mirror_of(place).folder if is_url(place) else Path(place).expanduser()
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -89,25 +92,44 @@ class Snapshot:
 class Library:
     """The runs of one folder; of files that have changed only what is new is read, where possible.
 
-    One instance may serve many sessions at once.
+    One instance may serve many sessions at once. With a `mirror`, of which `runs_dir` is the
+    folder, each look at the runs also has it look, in the background, for what is new elsewhere.
     """
 
-    def __init__(self, runs_dir: Path) -> None:
+    def __init__(self, runs_dir: Path, mirror: Mirror | None = None) -> None:
         self.runs_dir = runs_dir
+        self.mirror = mirror
         self._folders: dict[str, _Folder] = {}
         self._lock = threading.Lock()
 
+    @classmethod
+    def at(cls, place: str) -> Library:
+        """Of a folder or a URL, as it was typed."""
+        if not is_url(place):
+            return cls(Path(place).expanduser())
+        mirror = mirror_of(place)
+        return cls(mirror.folder, mirror)
+
     def snapshot(self) -> Snapshot:
+        if self.mirror is not None:
+            self.mirror.refresh()
         try:
             found = run_folders(self.runs_dir)
         except RunError as error:
             return Snapshot({}, {str(self.runs_dir): str(error)})
         with self._lock:
+            let_go = None if self.mirror is None else _is_silent
             self._folders = {
-                path.name: self._folders.get(path.name) or _Folder(path) for path in found
+                path.name: self._folders.get(path.name) or _Folder(path, let_go) for path in found
             }
             read = [(folder.read(), folder.annotation()) for folder in self._folders.values()]
-        return _snapshot([run for run, _ in read], {run.run_id: note for run, note in read})
+        refused = {} if self.mirror is None else self.mirror.refused
+        return _snapshot([run for run, _ in read], {run.run_id: n for run, n in read}, refused)
+
+
+def _is_silent(log: Path) -> bool:
+    written = known(log)
+    return written is not None and time.time() - written.written > _SILENT_SECONDS
 
 
 class _Folder:
@@ -117,9 +139,9 @@ class _Folder:
     folder could have this process open for them what only it may read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, let_go: Callable[[Path], bool] | None) -> None:
         self._path = path
-        self._run = RunReader(path)
+        self._run = RunReader(path, let_go)
         self._folders = [path, path / CHECKPOINTS, path / PREDICTIONS]
         self._stamps: list[Stamp] = []
         self._link: Path | None = None
@@ -153,12 +175,23 @@ class _Folder:
 
 def checkpoint_of(run: Run, which: Literal["before", "after"]) -> Path:
     """As trainer.runlog.checkpoint_path, but what lies behind a link is not there: the parent's
-    folder may be one. Raises RunError."""
-    path = checkpoint_path(run, which)
+    folder may be one. It may also be elsewhere, see explorer.mirror.brought. Raises RunError."""
+    path = checkpoint_path(run, which, is_there)
     runs_dir = run.path.parent
     if path.resolve() != runs_dir.resolve() / path.relative_to(runs_dir):
         raise RunError(f"The checkpoint {path} lies behind a link, and Thaw follows none there.")
     return path
+
+
+def command_of(run: Run) -> str:
+    """As trainer.reproduce.command. Raises ReproduceError, also for a run that is elsewhere."""
+    if url := url_of(run.path):
+        raise ReproduceError(
+            f"The run is at {url}, where nothing can be trained. Copy it, and the run that it "
+            "starts from, into a runs folder of this machine: an explorer of that folder says the "
+            "command."
+        )
+    return command(run)
 
 
 def _link_among(run: Path, folders: Iterable[Path]) -> Path | None:
@@ -175,10 +208,12 @@ def _link_among(run: Path, folders: Iterable[Path]) -> Path | None:
     return None
 
 
-def _snapshot(runs: Iterable[Run], annotations: Mapping[str, Annotation]) -> Snapshot:
+def _snapshot(
+    runs: Iterable[Run], annotations: Mapping[str, Annotation], refused: Mapping[str, str]
+) -> Snapshot:
     ordered = sorted(runs, key=lambda run: run.info.get("started", 0.0))
     readable = {run.run_id: run for run in ordered if run.info}
-    broken = {run.run_id: run.problem or "" for run in ordered if not run.info}
+    broken = {run.run_id: run.problem or "" for run in ordered if not run.info} | dict(refused)
     noted = {name: annotations[name] for name in readable}
     return Snapshot(readable, broken, _labels(noted), noted)
 

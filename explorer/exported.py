@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
 
 from explorer.data import Snapshot
 from explorer.figures import Figures, figures_or_reason
+from explorer.mirror import Known, known
 from explorer.shipped import model_path, parity_path
 from export.metadata import Which
 from export.precision import PRECISIONS, Precision
@@ -33,25 +32,18 @@ def exported_table(snapshot: Snapshot) -> pd.DataFrame:
     read: agreement and accuracy in percent, accuracy against PyTorch in points, size in MB, time in
     UTC."""
     rows = [
-        (status.st_mtime, _row(snapshot, run, which, precision, status))
+        (found.written, _row(snapshot, run, which, precision, found))
         for run in snapshot.runs.values()
         for which in _BOTH
         for precision in PRECISIONS
-        if (status := _status(model_path(run, which, precision))) is not None
+        if (found := known(model_path(run, which, precision))) is not None
     ]
     rows.sort(key=lambda row: -row[0])
     return pd.DataFrame([row for _, row in rows], columns=list(_COLUMNS))
 
 
-def _status(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except OSError:
-        return None
-
-
 def _row(
-    snapshot: Snapshot, run: Run, which: Which, precision: Precision, status: os.stat_result
+    snapshot: Snapshot, run: Run, which: Which, precision: Precision, found: Known
 ) -> dict[str, Any]:
     figures = figures_or_reason(parity_path(run, which, precision))
     parity = figures.parity if isinstance(figures, Figures) else None
@@ -63,6 +55,6 @@ def _row(
         "Accuracy": 100 * parity.accuracy if parity else None,
         "Against PyTorch": -100 * parity.loss if parity else None,
         "Largest |Δlogit|": parity.max_abs_logit_difference if parity else None,
-        "Size": status.st_size / 1e6,
-        "Written": pd.Timestamp(status.st_mtime, unit="s", tz="UTC"),
+        "Size": found.size / 1e6,
+        "Written": pd.Timestamp(found.written, unit="s", tz="UTC"),
     }

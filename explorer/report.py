@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         help="also write every chart as .svg and .png and every table as .csv into this folder",
     )
     parser.add_argument(
-        "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: runs"
+        "--runs-dir", default="runs", metavar="DIR", help="folder or URL (default: runs)"
     )
     return parser
 
@@ -90,17 +90,20 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _chosen(runs_dir: Path, references: Sequence[str]) -> tuple[Snapshot, list[str]]:
+def _chosen(place: str, references: Sequence[str]) -> tuple[Snapshot, list[str]]:
     from explorer.data import Library
     from explorer.report_build import ReportError
 
+    library = Library.at(place)
+    if library.mirror is not None:
+        library.mirror.update()
     if _ALL in references:
-        snapshot = Library(runs_dir).snapshot()
+        snapshot = library.snapshot()
         readable = snapshot.current or snapshot.newest_first
         if not readable and not snapshot.broken:
-            raise ReportError(f"There are no runs in {runs_dir}. Name another with --runs-dir.")
+            raise ReportError(f"There are no runs in {place}. Name another with --runs-dir.")
         return snapshot, [*readable[::-1], *snapshot.broken]
-    runs = [find_run(runs_dir, reference) for reference in references]
+    runs = [find_run(library.runs_dir, reference) for reference in references]
     folders = {run.path.resolve().parent: run.path.parent for run in runs}
     if len(folders) > 1:
         raise ReportError(
@@ -108,7 +111,8 @@ def _chosen(runs_dir: Path, references: Sequence[str]) -> tuple[Snapshot, list[s
             "compares the runs of one folder, so copy them into one."
         )
     [folder] = folders.values()
-    return Library(folder).snapshot(), [run.path.resolve().name for run in runs]
+    library = library if folder == library.runs_dir else Library(folder)
+    return library.snapshot(), [run.path.resolve().name for run in runs]
 
 
 def _single_files(report: Report, folder: Path) -> dict[Path, bytes]:

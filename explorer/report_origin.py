@@ -8,11 +8,11 @@ from typing import Any, Final
 
 import pandas as pd
 
-from explorer.data import Snapshot
+from explorer.data import Snapshot, command_of
 from explorer.render import printable
 from explorer.report_html import Line, Section, Table
 from explorer.settings import OFF, SETTINGS, settings, varied
-from trainer.reproduce import ReproduceError, command
+from trainer.reproduce import ReproduceError
 from trainer.runlog import Run
 
 _MOST_CLASSES: Final = 30
@@ -25,7 +25,7 @@ def commands_of(snapshot: Snapshot, run_ids: Sequence[str]) -> Section:
         label = snapshot.labels[name]
         try:
             # In one line: a flag on each would take pages.
-            said = command(snapshot.runs[name]).replace(" \\\n  ", " ")
+            said = command_of(snapshot.runs[name]).replace(" \\\n  ", " ")
             lines.append(Line(label, said, code=True))
         except ReproduceError as error:
             lines.append(Line(label, "", [str(error)]))

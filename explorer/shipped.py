@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 from explorer.data import checkpoint_of
 from explorer.figures import Figures, figures_or_reason
+from explorer.mirror import brought, is_there
 from export.card import card_path
 from export.metadata import MOST_BYTES, ModelFileError, ModelMetadata, Which, file_name
 from export.precision import LARGEST_LOSS, SAME_CLASS, Parity, Precision
@@ -90,10 +91,10 @@ def shipped(run: Run, which: Which, precision: Precision = "fp32") -> Shipped | 
     Raises ModelFileError where the model or the checkpoint cannot be read.
     """
     path = model_path(run, which, precision)
-    if not path.is_file():
+    if not is_there(path):
         return None
     try:
-        status = path.stat()
+        status = brought(path).stat()
         sha256, about = _content(path, (status.st_mtime_ns, status.st_size))
         figures = figures_or_reason(parity_path(run, which, precision))
         known = figures if isinstance(figures, Figures) else None
@@ -111,6 +112,8 @@ def shipped(run: Run, which: Which, precision: Precision = "fp32") -> Shipped | 
         )
     except OSError as error:
         raise ModelFileError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    except RunError as error:  # one that is elsewhere
+        raise ModelFileError(str(error)) from error
 
 
 def _doubts(
@@ -151,7 +154,7 @@ def _card(model: Path, sha256: str) -> Card:
 def _checkpoint(path: Path | str, figures: Figures | None) -> Literal["same", "changed", "gone"]:
     if isinstance(path, str):
         return "gone"
-    status = path.stat()
+    status = brought(path).stat()
     now = _sha256(path, (status.st_mtime_ns, status.st_size))
     return "same" if figures is None or figures.checkpoint_sha256 == now else "changed"
 

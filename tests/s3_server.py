@@ -26,7 +26,7 @@ def s3_server(folder: Path) -> Iterator[str]:
     Meanwhile the environment has what s3fs and botocore need, also for processes started now.
     Skips the test where rclone or s3fs is missing.
     """
-    s3fs = pytest.importorskip("s3fs", reason="needs requirements-ray.txt")
+    s3fs = pytest.importorskip("s3fs", reason="needs requirements-remote.txt")
     beside = Path(sys.executable).parent / "rclone"
     rclone = str(beside) if beside.exists() else shutil.which("rclone")
     if rclone is None:

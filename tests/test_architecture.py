@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ["trainer", "export", "explorer", "streamlit_app"]  # from the ground up
 # Each takes longer to load than a page may take to open, or is there for developers only.
 SLOW = ["torch", "torchvision", "onnxruntime", "onnx", "vl_convert", "captum", "tensorboard"]
+SLOW += ["fsspec", "s3fs", "mlflow"]  # and what only runs elsewhere need
 NOT_INSTALLED = ["scipy", "statsmodels", "playwright"]
 
 

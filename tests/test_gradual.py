@@ -19,6 +19,7 @@ from tests.test_together import PHOTOS, figures, sweep
 from trainer.__main__ import main
 from trainer.checkpoint import load_checkpoint
 from trainer.config import Config, ConfigError
+from trainer.phase import make_optimizer
 from trainer.recipe import parse
 from trainer.run_writer import RunWriter
 from trainer.runlog import Run, list_runs
@@ -39,6 +40,16 @@ def changed(before: Run, after: Run) -> set[str]:
     )
     different = (name for name in first if not torch.equal(first[name], second[name]))
     return {name.rpartition(".")[0] for name in different}
+
+
+def test_sgd_takes_what_is_freed_later() -> None:
+    network = torch.nn.Linear(2, 2)
+    optimizer = make_optimizer(network, "sgd", 0.1, gradual=True)
+    for free in (False, True):
+        network.bias.requires_grad_(free)
+        optimizer.zero_grad()
+        network(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
 
 
 def test_more_trains_after_each_boundary(train_awake: Train, parent: Run) -> None:

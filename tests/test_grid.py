@@ -407,6 +407,7 @@ def test_what_does_not_change_training_leaves_the_id(parent: Run, tmp_path: Path
     same = planned(parent).id
     for flags in (
         "--device cpu",
+        "--track mlflow",
         "--no-cache",
         f"--cache-dir {tmp_path}",
         f"--runs-dir {tmp_path}",

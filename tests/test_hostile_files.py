@@ -274,7 +274,7 @@ def test_metadata_of_any_content_are_refused() -> None:
 def test_predictions_that_unpack_to_too_much_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.evidence._MOST_BYTES", 100_000_000)  # of a gigabyte
+    monkeypatch.setattr("trainer.evidence.MOST_BYTES", 100_000_000)  # of a gigabyte
     path = tmp_path / "after.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("logits", "labels", "files"):

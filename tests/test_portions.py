@@ -76,3 +76,11 @@ def test_a_batch_that_cannot_be_divided_and_does_not_fit_is_refused_with_one_tha
     assert "BatchNorm trains here" in said
     assert "use --batch-size" in said
     assert list_runs(tmp_path)[0].status == "failed"
+
+
+def test_measuring_a_step_leaves_its_photos_as_they_are() -> None:
+    """A dropout in front of a head may work in place."""
+    photos = torch.ones(4, 8)
+    tail = nn.Sequential(nn.Dropout(0.5, inplace=True), nn.Linear(8, 2)).train()
+    bytes_kept(tail, (photos,))
+    assert torch.equal(photos, torch.ones(4, 8))

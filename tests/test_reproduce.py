@@ -31,6 +31,7 @@ MORE = {
     "cache_limit": "--cache-limit 1.5GB",
     "runs_dir": "--runs-dir elsewhere",
     "run_name": "--run-name mine",
+    "track": "--track mlflow",
     "head": "--head linear",
 }
 GIVEN = [given for given in (*CHANGES.values(), *NESTED.values(), *MORE.values()) if given]

@@ -23,9 +23,9 @@ from trainer.config import (
     default_cache_dir,
     whole,
 )
-from trainer.process import prepare_process, restart_with_huge_pages
+from trainer.process import launched, prepare_process, ranks, restart_with_huge_pages
 from trainer.runlog import Run
-from trainer.schema import PHASES
+from trainer.schema import PHASES, ThawError
 
 _EPILOG: Final = """\
 examples:
@@ -34,10 +34,12 @@ examples:
   python -m trainer --phase finetune --data photos/ --unfreeze 20 --lr 1e-5
   python -m trainer sweep --lr 1e-4 1e-6 --unfreeze 20 all   many finetunes from one parent
   python -m trainer --resume auto                         go on where it was interrupted
+  torchrun --nproc-per-node 2 -m trainer --phase finetune ...   one training by two processes
   python -m trainer run oregon-transfer                   an experiment of the labs (recipes: all)
   python -m trainer test RUN                              the best checkpoint on the test photos
   python -m trainer import logs/                          runs from the logs of other tools
   python -m trainer data photos/                          sizes, broken photos, duplicates
+  python -m trainer track RUN                             send a run to MLflow
   python -m trainer cache                                 what is kept to save time
   streamlit run streamlit_app.py                          compare the runs
 """
@@ -248,6 +250,11 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--run-name", metavar="S", help="part of the run's folder name")
     group.add_argument("--runs-dir", type=Path, metavar="DIR", help="(runs)")
     group.add_argument(
+        "--track",
+        metavar="mlflow",
+        help="also send the run to MLflow, at $MLFLOW_TRACKING_URI, as it is trained (off)",
+    )
+    group.add_argument(
         "--resume",
         metavar="RUN|auto",
         help="go on with an interrupted run, or the newest one (auto), as its run.json says; "
@@ -321,6 +328,7 @@ _COMMANDS: Final = {
     "recipes": "trainer.recipes_command",
     "data": "trainer.survey_command",
     "lr-find": "trainer.lr_find_command",
+    "track": "trainer.track_command",
 }
 _SCHEDULE: Final = ("name", "decay", "drop", "epochs_drop", "warmup")
 _PHOTOS: Final = ("brightness", "contrast", "color", "rotation", "crop_from", "noise")
@@ -367,6 +375,8 @@ def main(argv: list[str] | None = None) -> int:
     stop_on_signals()
     command: Callable[[list[str]], int]
     if arguments[:1] and arguments[0] in _COMMANDS:
+        if ranks() > 1:
+            return guarded(lambda: _refuse_ranks(arguments[0]))
         command = import_module(_COMMANDS[arguments[0]]).main
         return command(arguments[1:])
     if any(word.partition("=")[0] == "--resume" for word in arguments):
@@ -375,8 +385,19 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(lambda: _train(parse(arguments)))
 
 
+def _refuse_ranks(command: str) -> NoReturn:
+    raise ThawError(
+        f"`python -m trainer {command}` is the work of one process. torchrun is for one training "
+        "by many; start this without it."
+    )
+
+
 def _train(config: Config) -> int:
     prepare_process()
+    if launched():
+        from trainer.torchrun import train
+
+        return train(config)
     from trainer.fit import fit  # imports torch: --help and wrong flags need not wait for it
 
     return told(config.runs_dir, lambda: fit(config))

@@ -21,6 +21,7 @@ Views = int | Literal["exact", "auto"]
 Precision = Literal["fp32", "bf16"]
 ClassWeights = Literal["off", "balanced"]
 Grouping = Literal["track"]
+Tracker = Literal["mlflow"]
 
 # Frames of one track are nearly the same photo: with some of them in train and some in val, the
 # validation would ask for what was learnt by heart.
@@ -112,7 +113,8 @@ class Config:
     `precision` bf16 lets the frozen part run in bfloat16 where that is clearly faster; what comes
     out of it is then a few percent off. `cache_limit` is in bytes. `recipe` is the recipe and the
     stage that asked for this training, such as "oregon-transfer/transfer", `stand_in_for` the data
-    that it is about, where other data was given.
+    that it is about, where other data was given. `track` names where the run is mirrored to as it
+    is trained, see `trainer.track`.
     `label_smoothing` and `class_weights` change what training minimises, never what is recorded;
     see `trainer.loop.Objective`. `layer_decay` is the factor of the learning rate from one block to
     the next further from the head, see `trainer.depth`; `gradual` says what is freed later in a
@@ -165,9 +167,12 @@ class Config:
     gradual: str | None = None
     recipe: str | None = None
     stand_in_for: str | None = None
+    track: Tracker | None = None
 
     def __post_init__(self) -> None:
         _one_of("--phase", self.phase, PHASES)
+        if self.track is not None:
+            _one_of("--track", self.track, get_args(Tracker))
         if self.group_by is not None:
             _one_of("--group-by", self.group_by, get_args(Grouping))
         _check(0 < self.val_fraction < 1, "--val-fraction", self.val_fraction, "between 0 and 1")

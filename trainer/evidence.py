@@ -20,7 +20,7 @@ from trainer.schema import ThawError
 
 _CONFIDENCE: Final = 0.95
 SIGNIFICANT: Final = 1 - _CONFIDENCE
-_MOST_BYTES: Final = 1_000_000_000  # the logits of 250,000 photos and 1,000 classes
+MOST_BYTES: Final = 1_000_000_000  # the logits of 250,000 photos and 1,000 classes
 FEW: Final = 30  # photos; a share of fewer says little
 
 
@@ -67,7 +67,7 @@ def load_logits(path: Path) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-        if size > _MOST_BYTES:
+        if size > MOST_BYTES:
             raise EvidenceError(f"unpacked they have {size / 1e9:,.1f} GB")
         with np.load(path, allow_pickle=False) as content:
             logits, labels, files = (content[name] for name in ("logits", "labels", "files"))

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from trainer.config import Augmentation, Config, Schedule
 from trainer.data import Photos, load_photos
+from trainer.distributed import check_divisible
 from trainer.environment import choose_device
 from trainer.grid import NOT_TRAINING, SweepInfo, trunk
 from trainer.model import DEFAULT_ARCH, ModelSpec, build_model, check_takes
 from trainer.phase import PhaseRun, pretrained_labels
 from trainer.progress import Progress, summary
 from trainer.ranking import count
+from trainer.ranks import check_team, each_alike, from_first, size
 from trainer.resume import Resume, find_resume, resume_of
 from trainer.run_writer import check_writable
 from trainer.runlog import Run, find_run, is_being_written, list_runs, read_run
-from trainer.schema import Preprocess, Status, ThawError
+from trainer.schema import EpochRecord, Preprocess, Status, ThawError
 from trainer.start import (
     Start,
     adopt,
@@ -33,7 +36,10 @@ from trainer.start import (
     start_from_weights,
 )
 from trainer.together import Member, train_together
+from trainer.track import check_tracker
 from trainer.weights import choose_preprocess
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +71,19 @@ def go_on_with(run: Run, config: Config) -> Run:
     """
     check_before_work(config)
     job = prepare_without_training(config)
-    if not run.checkpoint(f"{config.phase}-last").is_file():
+    if not from_first(run.checkpoint(f"{config.phase}-last").is_file):
         print(f"Run {run.run_id} was stopped before its first checkpoint; it begins anew.")
         return _train_alone(job, again=run)
     fingerprint, origin = job.photos.fingerprint, job.start.origin
-    resume_of(run, config.phase, fingerprint, origin)  # says why, where it cannot go on
+    # says why, where it cannot go on
+    from_first(lambda: resume_of(run, config.phase, fingerprint, origin))
     return _train_alone(job, run)
 
 
 def finetune_after(trunk: Run, config: Config) -> Run:
     """Train the finetune phase that a transfer run was trained for. Raises ThawError."""
     preprocess = Preprocess.from_dict(trunk.info["preprocess"])
-    return _train_alone(_from_run(config, trunk, load_photos(config, preprocess)))
+    return _train_alone(_from_run(config, trunk, _load(config, preprocess)))
 
 
 def _earlier(job: Job, *statuses: Status) -> Run | None:
@@ -96,13 +103,16 @@ def _training(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_before_work(config: Config) -> None:
     """Nobody should wait for ten thousand photos to learn of these. Raises ThawError."""
-    choose_device(config.device)
-    check_writable(config.runs_dir)
+    check_team(config.batch_size, choose_device(config.device))
+    from_first(lambda: check_writable(config.runs_dir))
+    check_tracker(config.track)
     if config.parent is None:
         arch = config.arch or DEFAULT_ARCH
         network = build_model(ModelSpec(arch, 2, config.head or (), config.pool or "avg"))
         if config.size is not None:
             check_takes(network, arch, config.size)
+        if config.phase == "scratch" and size() > 1:
+            check_divisible(network.train())
 
 
 def prepare(config: Config, photos: Photos | None = None) -> Job:
@@ -111,10 +121,10 @@ def prepare(config: Config, photos: Photos | None = None) -> Job:
         parent, config, photos = find_parent(config, photos)
         assert parent is not None
         return _from_run(config, parent, photos)
-    config, weights = choose_weights(config)
+    config, weights = _settled(config, lambda: choose_weights(config))
     arch = config.arch or DEFAULT_ARCH
     preprocess = choose_preprocess(arch, config.size)
-    photos = photos or load_photos(config, preprocess)
+    photos = photos or _load(config, preprocess)
     torch.manual_seed(config.seed)
     start = start_from_weights(config, arch, weights, preprocess, photos)
     if config.phase == "direct":
@@ -147,18 +157,31 @@ def find_parent(config: Config, photos: Photos | None = None) -> tuple[Run | Non
     """The run that a finetune starts from, `--from` or the newest that fits; None where there is
     none. With it the settings that it decides, and the photos."""
     if config.parent is not None:
-        parent = find_run(config.runs_dir, config.parent)
-        config = adopt(config, parent)
+        named = config.parent
+        parent = from_first(lambda: find_run(config.runs_dir, named))
+        adopted = adopt(config, parent)
         preprocess = Preprocess.from_dict(parent.info["preprocess"])
-        return parent, config, photos or load_photos(config, preprocess)
-    config = sample_arch(config)
-    preprocess = choose_preprocess(config.arch or DEFAULT_ARCH, config.size)
-    photos = photos or load_photos(config, preprocess)
-    return newest_parent(config, photos.fingerprint), config, photos
+        return parent, adopted, photos or _load(adopted, preprocess)
+    settled, _ = _settled(config, lambda: (sample_arch(config), None))
+    preprocess = choose_preprocess(settled.arch or DEFAULT_ARCH, settled.size)
+    found = photos or _load(settled, preprocess)
+    return from_first(lambda: newest_parent(settled, found.fingerprint)), settled, found
+
+
+def _load(config: Config, preprocess: Preprocess) -> Photos:
+    return each_alike(
+        lambda: load_photos(config, preprocess), lambda photos: photos.fingerprint, "photos"
+    )
+
+
+def _settled(config: Config, settle: Callable[[], tuple[Config, T]]) -> tuple[Config, T]:
+    """What rank 0 settles for all; each keeps its own cache folder."""
+    found, value = from_first(settle)
+    return dataclasses.replace(found, cache_dir=config.cache_dir), value
 
 
 def _from_run(config: Config, parent: Run, photos: Photos) -> Job:
-    start = start_from_run(config, parent, photos)
+    start = from_first(lambda: start_from_run(config, parent, photos))
     if config.phase == "transfer":
         config, start = continued(config, start, parent)
     return Job(config, photos, start)
@@ -193,7 +216,7 @@ def _train_alone(
     if run.error is not None:
         raise run.error
     print(_summary(run, seconds))
-    return read_run(run.writer.path)
+    return from_first(lambda: read_run(run.writer.path))
 
 
 def _introduce(photos: Photos) -> None:
@@ -217,16 +240,25 @@ def _summary(run: PhaseRun, seconds: float) -> str:
 
 
 def fit_together(
-    configs: Sequence[Config], sweep: SweepInfo, interrupted: Mapping[int, Run]
+    configs: Sequence[Config],
+    sweep: SweepInfo,
+    interrupted: Mapping[int, Run],
+    elsewhere: Sequence[Config] = (),
+    watch: Callable[[int, EpochRecord], str | None] | None = None,
 ) -> list[Run]:
     """Train the members of a sweep; those that can share their batches train at once.
 
-    `interrupted` are runs to go on with, by index in `configs`. Returns their runs in the order of
-    `configs`; a member that failed has the status "failed" and does not stop the others. Raises
+    `interrupted` are runs to go on with, by index in `configs`. `elsewhere` are further members,
+    which other processes train: what is frozen is computed in the stretches that these need too,
+    and rounded as if all were trained here. `watch` is asked after each epoch of a member, by
+    index, and says why training it on is not worth while, or None. Returns their runs in the order
+    of `configs`; a member that failed has the status "failed" and does not stop the others. Raises
     ThawError for what concerns all.
     """
     check_before_work(configs[0])
-    jobs = _jobs(configs)
+    all_jobs = _jobs([*configs, *elsewhere])
+    alike = {i: group for group in _groups(all_jobs) for i in group}
+    jobs = all_jobs[: len(configs)]
     _introduce(jobs[0].photos)
     resumes = [_resume(job, interrupted.get(i)) for i, job in enumerate(jobs)]
     for group in _groups(jobs):
@@ -238,10 +270,11 @@ def fit_together(
     done: dict[int, Run] = {}
     with Progress(photos) as progress:
         for number, parts in enumerate(groups, start=1):
-            beside = [jobs[i].config for part in parts for i in part]
+            beside = [all_jobs[i].config for i in alike[parts[0][0]]]
             if len(groups) > 1:
                 seed = beside[0].seed
-                tqdm.write(f"batches {number} of {len(groups)} (seed {seed}): {len(beside)} runs")
+                runs_here = sum(map(len, parts))
+                tqdm.write(f"batches {number} of {len(groups)} (seed {seed}): {runs_here} runs")
             for part in parts:
                 _say_where(part, jobs, resumes)
                 members = [
@@ -252,6 +285,7 @@ def fit_together(
                         {"sweep": sweep.entry(i)},
                         resumes[i],
                         again.get(i),
+                        None if watch is None else partial(watch, i),
                     )
                     for i in part
                 ]
@@ -328,7 +362,8 @@ def _beside(first: Job, config: Config) -> Job:
 def _resume(job: Job, run: Run | None) -> Resume | None:
     if run is None:
         return None
-    return find_resume(run, job.config.phase, job.photos.fingerprint, job.start.origin)
+    fingerprint, origin = job.photos.fingerprint, job.start.origin
+    return from_first(lambda: find_resume(run, job.config.phase, fingerprint, origin))
 
 
 def _groups(jobs: Sequence[Job]) -> list[list[int]]:

@@ -88,13 +88,22 @@ def choose_form(
     names = _candidates(photos, precision)
     work = _work(names, prefix, photos)
     if trials := _recall(memory, work):
-        name = _fastest(trials)
-        return Form(name, _Later(lambda: _checked(name, prefix, photos)[0] or plain), trials)
+        return chosen_form(_fastest(trials), trials, prefix, photos)
     built = {name: _checked(name, prefix, photos) for name in names}
     trials = _timed(built, photos)
     _remember(memory, work, trials)
     name = _fastest(trials)
     return Form(name, plain if name == "plain" else built[name][0] or plain, trials)
+
+
+def chosen_form(
+    name: FormName, trials: tuple[Trial, ...], prefix: fx.GraphModule, photos: Tensor
+) -> Form:
+    """The form that another trial has chosen; see `choose_form`. Built when it is first used."""
+    plain: Run = prefix.eval()
+    if name == "plain":
+        return Form(name, plain, trials)
+    return Form(name, _Later(lambda: _checked(name, prefix, photos)[0] or plain), trials)
 
 
 class _Later:

@@ -25,9 +25,10 @@ from trainer.cache import Cache, Key, say
 from trainer.config import Augmentation, Precision
 from trainer.data import Split
 from trainer.environment import describe
-from trainer.forms import Form, Trial, choose_form
+from trainer.forms import Form, FormName, Trial, choose_form, chosen_form
 from trainer.model import InputNormalize
 from trainer.prefix import Activations, Cut, Trace, in_order
+from trainer.ranks import check_stop, from_first, meet, pieces, size, turns
 from trainer.rows import Arrays, Header, Layout, RowFile, Rows
 from trainer.schema import Preprocess
 
@@ -123,10 +124,22 @@ def prepare(
     prefix = trace.part(None, places[0])
     crop = work.preprocess.crop
     photos = normalize(work.sample[:, :crop, :crop].to(work.device))
-    form = choose_form(prefix, photos, work.passes, memory, work.precision)
+    form = _agreed_form(prefix, photos, work, memory)
     later = [Stage(b, trace.part(a, b).eval()) for a, b in pairwise(places)]
     identity = origin | _identity(prefix, places[0], form, work)
     return engine((Stage(places[0], form.run), *later), form, identity)
+
+
+def _agreed_form(prefix: fx.GraphModule, photos: Tensor, work: Work, memory: Path | None) -> Form:
+    """`choose_form`; of several processes that train together rank 0 chooses for all."""
+    mine: list[Form] = []
+
+    def choose() -> tuple[FormName, tuple[Trial, ...]]:
+        mine.append(choose_form(prefix, photos, work.passes, memory, work.precision))
+        return mine[0].name, mine[0].trials
+
+    name, trials = from_first(choose)
+    return mine[0] if mine else chosen_form(name, trials, prefix, photos)
 
 
 def _identity(prefix: fx.GraphModule, cut: Cut, form: Form, work: Work) -> dict[str, Any]:
@@ -204,16 +217,23 @@ class Source:
             "activations", {**engine.identity, "photos": self.split.digest, "view": view}, about
         )
 
-    def fill(self, batch_size: int) -> None:
-        """Compute the open view where it is not in the cache, with a bar of its own."""
+    def fill(self, batch_size: int, only_mine: bool) -> None:
+        """Compute the open view where it is not in the cache, with a bar of its own; of several
+        processes each its share. `only_mine`: what others compute is not needed here."""
+        batches = pieces(len(self.split), batch_size, size())
+        for mine, among in turns()[: 1 if only_mine else None]:
+            self._compute_missing(batches[mine::among])
+            meet()
+
+    def _compute_missing(self, batches: Sequence[Rows]) -> None:
         if self._file is None:
             return
-        rows = np.arange(len(self.split))
-        batches = [rows[s : s + batch_size] for s in range(0, len(rows), batch_size)]
+        self._file.refresh()  # others fill it too
         missing = [batch for batch in batches if not self._file.has(batch).all()]
         for batch in tqdm(
             missing, "Computing what is frozen", unit="batch", leave=False, disable=None
         ):
+            check_stop()
             self._first(batch)
 
     def batch(self, rows: Rows) -> Batch:
@@ -294,6 +314,10 @@ class Batch:
     def __init__(self, source: Source, rows: Rows) -> None:
         self._source, self.rows = source, rows
         self._values: dict[int | None, Activations] = {}
+
+    def part(self, positions: Rows) -> Batch:
+        """Some of its rows, by their places in it."""
+        return Batch(self._source, self.rows[positions])
 
     @property
     def labels(self) -> Tensor:

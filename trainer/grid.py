@@ -38,7 +38,7 @@ _LATER: Final = (
 # Where and how fast a member is computed, not what: these leave the id of the plan as it is.
 NOT_TRAINING: Final = (
     *("device", "cache", "cache_dir", "cache_limit", "runs_dir", "run_name", "recipe"),
-    "stand_in_for",
+    *("stand_in_for", "track"),
 )
 
 _USED: Final[Mapping[ScheduleName, tuple[str, ...]]] = {
@@ -58,13 +58,43 @@ class SweepError(ThawError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster to train on. `address` None: the one of RAY_ADDRESS, or this machine alone.
+    `cpus` and `gpus` are what one task gets; None: all CPUs of a node, and a GPU where there are
+    any."""
+
+    address: str | None = None
+    cpus: int | None = None
+    gpus: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Members that are proposed one round after the other, instead of a grid.
+
+    `settings` are those of all, `space` the values to choose from, by name in SWEPT. `trials` are
+    trained in all, `at_once` together; with `prune` those that look hopeless end early.
+    """
+
+    settings: Mapping[str, Any]
+    space: Mapping[str, tuple[Any, ...]]
+    trials: int = 20
+    at_once: int = 4
+    prune: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Request:
-    """What was asked for, checked: the members without the controls, with no parent looked up."""
+    """What was asked for, checked: the members without the controls, with no parent looked up; of
+    a search, two members that differ in all that it chooses. `cluster` None: trained by this
+    process."""
 
     members: tuple[Config, ...]
     name: str | None = None
     dry_run: bool = False
     again: bool = False
+    cluster: Cluster | None = None
+    search: Search | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,13 @@ from torch.nn import functional
 
 from trainer.augment import view_generator
 from trainer.config import Config
+from trainer.distributed import take_step as take_divided_step
 from trainer.frozen import Batch, Source
 from trainer.graphs import TrainingForward
 from trainer.portions import evaluated
 from trainer.prefix import Activations, Cut
+from trainer.ranks import gathered, my_pieces, size
+from trainer.rows import Rows
 from trainer.schema import ThawError
 
 
@@ -115,14 +118,15 @@ def evaluate(learners: Sequence[Learner], source: Source, batch_size: int) -> li
     logits: list[list[Tensor]] = [[] for _ in learners]
     for learner in learners:
         learner.tail.eval()
-    rows = np.arange(len(source.split))
+    mine: list[Rows] = []
     with torch.inference_mode():
-        for start in range(0, len(rows), batch_size):
-            batch = source.batch(rows[start : start + batch_size])
+        for rows in my_pieces(len(source.split), batch_size):
+            mine.append(rows)
+            batch = source.batch(rows)
             for parts, learner in zip(logits, learners, strict=True):
                 parts.append(evaluated(learner.tail, batch.at(learner.cut)).float().cpu())
     labels = torch.from_numpy(source.split.labels)
-    return [score(torch.cat(parts), labels) for parts in logits]
+    return [score(gathered(parts, mine, len(labels)), labels) for parts in logits]
 
 
 def score(logits: Tensor, labels: Tensor) -> Evaluation:
@@ -156,10 +160,10 @@ class _Running:
     def __init__(self) -> None:
         self.seen, self.loss, self.hits = 0, 0.0, 0
 
-    def add(self, loss: float, logits: Tensor, labels: Tensor) -> None:
-        self.seen += len(labels)
-        self.loss += loss * len(labels)
-        self.hits += int((logits.argmax(dim=1) == labels).sum())
+    def add(self, loss: float, hits: int, photos: int) -> None:
+        self.seen += photos
+        self.loss += loss * photos
+        self.hits += hits
 
     def result(self) -> TrainingResult:
         return TrainingResult(self.loss / self.seen, self.hits / self.seen)
@@ -185,18 +189,28 @@ def train_epoch(
     failed: Failed = {}
     for number, (batch, draws) in enumerate(batches(source, batch_size, epoch), start=1):
         for group in _together(learners, failed):
-            steps = take_step([learners[i] for i in group], batch, draws)
-            for i, (loss, logits) in zip(group, steps, strict=True):
+            steps = _steps([learners[i] for i in group], batch, draws)
+            for i, (loss, hits) in zip(group, steps, strict=True):
                 if not np.isfinite(loss):
                     failed[i] = diverged(loss, f"epoch {epoch}, batch {number}")
                 else:
-                    running[i].add(loss, logits, batch.labels)
+                    running[i].add(loss, hits, len(batch.rows))
         if len(failed) == len(learners):
             break
         first = next(r for i, r in enumerate(running) if i not in failed)
         on_batch(len(batch.rows), first.loss / first.seen, first.hits / first.seen)
     results = [failed.get(i) or r.result() for i, r in enumerate(running)]
     return results, time.perf_counter() - started
+
+
+def _steps(learners: Sequence[Learner], batch: Batch, draws: int) -> list[tuple[float, int]]:
+    """A step of learners with the same cut: each one's loss, and how many photos it had right."""
+    if size() > 1:
+        return [take_divided_step(learner, batch, draws) for learner in learners]
+    return [
+        (loss, int((logits.argmax(dim=1) == batch.labels).sum()))
+        for loss, logits in take_step(learners, batch, draws)
+    ]
 
 
 def batches(source: Source, batch_size: int, epoch: int) -> Iterator[tuple[Batch, int]]:

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -35,6 +35,7 @@ from trainer.schedule import learning_rate
 from trainer.schema import CHECKPOINTS, EpochRecord, PhaseRecord, Status, ThawError, Unfreezing
 from trainer.start import Start
 from trainer.tensorboard import TensorBoardLog
+from trainer.track import follow
 from trainer.weight_change import weight_change
 
 # Checkpoints are written at least this often, and at the end. An epoch may take milliseconds, and
@@ -47,11 +48,16 @@ _SCALE: Final = "scale"
 
 
 def make_optimizer(
-    network: nn.Module, name: OptimizerName, lr: float, scales: Mapping[str, float] | None = None
+    network: nn.Module,
+    name: OptimizerName,
+    lr: float,
+    scales: Mapping[str, float] | None = None,
+    gradual: bool = False,
 ) -> torch.optim.Optimizer:
     """A fresh optimizer over what trains; nothing is carried over from an earlier phase.
 
-    `scales` are the factors of the learning rate of those parameters, by name, whose is not 1.
+    `scales` are the factors of the learning rate of those parameters, by name, whose is not 1;
+    `gradual` says that some have no gradients in the first steps.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter, value in network.named_parameters():
@@ -67,7 +73,8 @@ def make_optimizer(
         case "adamw":
             return torch.optim.AdamW(parameters, lr, fused=True)
         case "sgd":
-            return torch.optim.SGD(parameters, lr, momentum=0.9, fused=True)
+            # Fused it takes no parameters whose momentum begins later than that of others.
+            return torch.optim.SGD(parameters, lr, momentum=0.9, fused=not gradual)
 
 
 def layer_scales(tail: nn.Module, network: nn.Module, decay: float) -> dict[str, float]:
@@ -209,8 +216,11 @@ class PhaseRun:
     """One phase in one run folder: records what is measured, keeps the best.
 
     The epochs themselves are driven from outside (together.py), for one or for many at a time.
-    `resume` is a run that was interrupted, with its last checkpoint, to go on with.
+    `resume` is a run that was interrupted, with its last checkpoint, to go on with. `watch`, where
+    there is one, says after an epoch why training on is not worth while, or None.
     """
+
+    watch: Callable[[EpochRecord], str | None] | None = None
 
     def __init__(
         self,
@@ -236,16 +246,20 @@ class PhaseRun:
         self.error: ThawError | None = None
         self._unsaved: dict[str, Kept] = {}
         self._saved = -math.inf
-        self._journal = Journal(writer.path / CHECKPOINTS, config.phase)
-        self._board = TensorBoardLog(
-            writer.path, None if resume is None else resume.checkpoint.epoch + 1
-        )
+        self._open_logs(resume)
         self._scales = layer_scales(self.tail, start.network, config.layer_decay)
         self._enter(part.stages[0])
         if resume is not None:
             self._go_on(resume)
         else:
             self._write_down()
+
+    def _open_logs(self, resume: Resume | None) -> None:
+        """What is written beside run.json and the log."""
+        path, epoch = self.writer.path, None if resume is None else resume.checkpoint.epoch + 1
+        self._journal = Journal(path / CHECKPOINTS, self.config.phase)
+        self._board = TensorBoardLog(path, epoch)
+        follow(path)
 
     def _enter(self, stage: Stage) -> None:
         """Let train what trains in a stage, and nothing else."""
@@ -298,7 +312,10 @@ class PhaseRun:
         freed later begins with a state of its own."""
         config = self.config
         self._enter(self.part.stages[-1])
-        made = make_optimizer(self.tail, config.optimizer, config.learning_rate, self._scales)
+        gradual = len(self.part.stages) > 1
+        made = make_optimizer(
+            self.tail, config.optimizer, config.learning_rate, self._scales, gradual
+        )
         self._enter(self.part.stages[0])
         return made
 
@@ -346,13 +363,19 @@ class PhaseRun:
         if self.best is None or record.rank > self.best.rank:
             self._keep_best(record, evaluation)
         self._journal.write(Entry(self._unsaved["last"], self._unsaved.get("best")))
-        patience = self.config.early_stop
-        if patience is not None and self.best and phase_epoch - self.best.phase_epoch >= patience:
-            text = f"Stopped early: no better validation accuracy for {patience} epochs."
+        if text := self._enough(record):
             self.writer.note(text)
-            tqdm.write(text)
+            tqdm.write(f"{self.writer.run_id}: {text}")
             self.end("done")
         return record
+
+    def _enough(self, record: EpochRecord) -> str | None:
+        """Why to stop after this epoch, if that is so."""
+        patience = self.config.early_stop
+        since = record.phase_epoch - self.best.phase_epoch if self.best else 0
+        if patience is not None and since >= patience:
+            return f"Stopped early: no better validation accuracy for {patience} epochs."
+        return None if self.watch is None else self.watch(record)
 
     def end(self, status: Status, reason: str | None = None) -> None:
         """Whatever ends the run, its checkpoints are written and its log says how."""

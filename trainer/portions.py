@@ -42,14 +42,14 @@ def evaluated(network: nn.Module, inputs: Activations) -> Tensor:
     return torch.cat([network(*(value[part] for value in inputs)) for part in parts])
 
 
-def at_once(network: nn.Module, inputs: Activations) -> int:
+def at_once(network: nn.Module, inputs: Activations, batch: int | None = None) -> int:
     """How many photos of a batch a step may take at a time; the network's modules are in the modes
-    that they train in.
+    that they train in. `inputs` is all of the batch, or a part of one of `batch` photos.
 
     Draws from the generators, so seed them afterwards. Raises MemoryNeededError where the batch
     cannot be divided and does not fit.
     """
-    photos = len(inputs[0])
+    photos = batch or len(inputs[0])
     needed = bytes_kept(network, inputs) * photos
     if needed <= _STEP_BYTES:
         return photos
@@ -66,8 +66,9 @@ def at_once(network: nn.Module, inputs: Activations) -> int:
 
 def bytes_kept(network: nn.Module, inputs: Activations) -> int:
     """What a forward pass keeps of each photo for the backward pass, in bytes."""
-    few = tuple(value[:_SAMPLE] for value in inputs)
-    tensors = (*network.parameters(), *network.buffers(), *inputs)  # there anyway
+    # Copies: a dropout that works in place would change the photos that are about to be trained on.
+    few = tuple(value[:_SAMPLE].clone() for value in inputs)
+    tensors = (*network.parameters(), *network.buffers(), *few)  # there anyway
     own = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     kept: dict[int, int] = {}
 

@@ -26,6 +26,7 @@ _NEVER: Final = 2**31 - 1
 _HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _TUNABLES: Final = "GLIBC_TUNABLES"
 _ASK: Final = "glibc.malloc.hugetlb=1"
+_THREADS: Final = "OMP_NUM_THREADS"
 # Where a container sees the share of the cores that it was given.
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 
@@ -33,9 +34,25 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 def prepare_process() -> None:
     """Call it before torch is imported."""
     keep_freed_memory()
-    cores = usable_cores()
+    cores = max(1, usable_cores() // _ranks_here())
+    if launched() and os.environ.get(_THREADS) == "1":  # torchrun's default, whatever there is
+        del os.environ[_THREADS]
     if cores < _allowed_cores():  # torch itself sees which cores it may use, but not how much
-        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+        os.environ.setdefault(_THREADS, str(cores))
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def ranks() -> int:
+    """How many processes torchrun has started to train together; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def _ranks_here() -> int:
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
 
 
 def usable_cores() -> int:

@@ -16,6 +16,9 @@ from trainer.schema import ThawError
 
 _ROOT: Final = Path(__file__).parent.parent
 _CONNECT_SECONDS: Final = 10.0
+# What of this process's environment workers on other nodes need too. Secrets are not handed on: Ray
+# shows the environment of its workers.
+_HANDED_ON: Final = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "THAW_DATA", "THAW_CACHE")
 
 
 class RayError(ThawError):
@@ -57,7 +60,8 @@ def connected(
         own["include_dashboard"] = False
     else:
         _refuse_deaf(where)
-    workers = {"env_vars": {"PYTHONPATH": str(_ROOT)}}
+    handed_on = {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
+    workers = {"env_vars": {"PYTHONPATH": str(_ROOT), **handed_on}}
     try:
         ray.init(**own, runtime_env=workers, logging_level="ERROR", log_to_driver=log)
     except (OSError, ValueError, RuntimeError) as error:

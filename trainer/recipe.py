@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from trainer.__main__ import build_parser
-from trainer.grid import SWEPT, Request, SweepError, grid
+from trainer.grid import SWEPT, Cluster, Request, Search, SweepError, grid
+from trainer.search import corners, space_of
 
+# Flags about this call and this machine, which no recipe holds.
+_NOT_IN_RECIPES: Final = (
+    *("-h", "--help", "--dry-run", "--again"),
+    *("--engine", "--address", "--worker-cpus", "--worker-gpus"),
+    *("--search", "--trials", "--at-once", "--prune"),
+)
+_SEARCH: Final = ("search", "trials", "at_once", "prune")
 _EPILOG: Final = """\
 A recipe holds the same names under [sweep], lists for several values; flags win over it.
 
@@ -59,7 +67,67 @@ def build_sweep_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--dry-run", action="store_true", help="print the grid and train nothing")
     group.add_argument("--again", action="store_true", help="train also what is done already")
+    _add_search(parser)
+    _add_engine(parser)
     return parser
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("search, instead of every combination")
+    group.add_argument(
+        "--search",
+        choices=("optuna",),
+        help="let it choose: between two numbers, or among the values given",
+    )
+    group.add_argument("--trials", type=int, metavar="N", help="members in all (20)")
+    group.add_argument("--at-once", type=int, metavar="N", help="members trained together (4)")
+    group.add_argument(
+        "--prune", action="store_true", default=None, help="stop members that look hopeless"
+    )
+
+
+def _search(asked: dict[str, Any], given: Mapping[str, Any]) -> Search | None:
+    """What its own flags say, and the settings of the members. Raises SweepError."""
+    engine = asked.pop("search", None)
+    for name, value in asked.items():
+        flag = f"--{name.replace('_', '-')}"
+        if engine is None:
+            raise SweepError(f"{flag} belongs to --search optuna.")
+        if value < 1:
+            raise SweepError(f"{flag} {value}: must be 1 or more.")
+    return None if engine is None else Search(given, space_of(given), **asked)
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where the members are trained")
+    group.add_argument(
+        "--engine", choices=("local", "ray"), help="in this process, or on a Ray cluster (local)"
+    )
+    group.add_argument("--address", help="of the Ray cluster (RAY_ADDRESS, or this machine)")
+    group.add_argument(
+        "--worker-cpus", type=int, metavar="N", help="CPUs for one task (all of a node)"
+    )
+    group.add_argument(
+        "--worker-gpus", type=float, metavar="X", help="GPUs for one task (1, where there are any)"
+    )
+
+
+def _cluster(given: dict[str, Any]) -> Cluster | None:
+    """Takes its settings out of those given. Raises SweepError."""
+    engine = given.pop("engine", "local")
+    asked = {name: given.pop(name, None) for name in ("address", "worker_cpus", "worker_gpus")}
+    if engine == "ray":
+        cpus, gpus = asked["worker_cpus"], asked["worker_gpus"]
+        if cpus is not None and cpus < 1:
+            raise SweepError(f"--worker-cpus {cpus}: must be 1 or more.")
+        if gpus is not None and gpus < 0:
+            raise SweepError(f"--worker-gpus {gpus:g}: must be 0 or more.")
+        return Cluster(asked["address"], cpus, gpus)
+    for name, value in asked.items():
+        if value is not None:
+            flag = name.replace("_", "-")
+            raise SweepError(f"--{flag} belongs to --engine ray.")
+    return None
 
 
 def _recipe(text: str) -> Path:
@@ -92,13 +160,26 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     parser = build_sweep_parser()
     given = _given(vars(parser.parse_intermixed_args(argv)))
     dry_run, again = given.pop("dry_run"), given.pop("again")
+    cluster = _cluster(given)
+    flags: dict[str, Any] = {name: given.pop(name) for name in _SEARCH if name in given}
     recipe: Path | None = given.pop("recipe", None)
     name = given.get("run_name")
     if recipe is not None:
         asked = read_recipe(recipe, parser)
         name = asked.pop("sweep", None) or name or recipe.stem
         given = _beside(asked, given) | given
-    return Request(grid(given), name, dry_run, again)
+    searched = _search(flags, given)
+    if searched is not None:
+        _check_search(searched, dry_run, cluster)
+    members = grid(given) if searched is None else corners(given, searched.space)
+    return Request(members, name, dry_run, again, cluster, searched)
+
+
+def _check_search(asked: Search, dry_run: bool, cluster: Cluster | None) -> None:
+    if dry_run:
+        raise SweepError("--dry-run: which members a search trains is not known before.")
+    if asked.prune and cluster is not None:
+        raise SweepError("--prune: members are watched where they are trained; use --engine local.")
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +244,7 @@ def flags_by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]
         option[2:]: action
         for action in parser._actions
         for option in action.option_strings
-        if option not in ("-h", "--help", "--dry-run", "--again")
+        if option not in _NOT_IN_RECIPES
     }
 
 

@@ -48,26 +48,45 @@ def _main(argv: list[str]) -> int:
         )
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     runs_dir, reference = given.pop("runs_dir", Config.runs_dir), given.pop("resume")
-    run = _newest(runs_dir) if reference == _AUTO else find_run(runs_dir, reference)
     prepare_process()
-    return told(runs_dir, lambda: _go_on(run, given))
+    from trainer.ranks import from_first, joined  # imports torch
+
+    def find() -> Run:
+        return _newest(runs_dir) if reference == _AUTO else find_run(runs_dir, reference)
+
+    with joined():
+        run = from_first(find)
+        return told(runs_dir, lambda: go_on(run, given))
 
 
-def _go_on(run: Run, given: dict[str, Any]) -> Run:
-    """To the end of what was asked for: of a trunk also the finetune phase it is for."""
+def go_on(run: Run, given: dict[str, Any]) -> Run:
+    """Train a run to the end of what was asked for: of a trunk also the finetune phase it is for.
+    `given` are settings of this time. Raises ThawError."""
     from trainer.fit import finetune_after, go_on_with  # imports torch
+    from trainer.ranks import from_first
 
     if run.status != "done":
-        _check(run)
+        config = from_first(lambda: _checked(run))
         print(f"Going on with run {inert(run.run_id)}.")
-        run = go_on_with(run, dataclasses.replace(resolved(run), **given))
-    elif not is_pending(run, list_runs(run.path.parent)):
+        run = go_on_with(run, dataclasses.replace(config, **given))
+    elif not from_first(lambda: is_pending(run, list_runs(run.path.parent))):
         raise RunError(f"Run {run.run_id} is done: there is nothing to go on with.")
-    run = read_run(run.path)
-    if (config := follow_up(run)) is None or _has_child(run, list_runs(run.path.parent)):
+    run, then = from_first(lambda: _what_follows(read_run(run.path)))
+    if then is None:
         return run
     print(f"Transfer run {inert(run.run_id)} is done; the finetune phase that it is for follows.")
-    return finetune_after(run, dataclasses.replace(config, **given))
+    return finetune_after(run, dataclasses.replace(then, **given))
+
+
+def _checked(run: Run) -> Config:
+    """Its settings, as they have to be given today."""
+    _check(run)
+    return resolved(run)
+
+
+def _what_follows(run: Run) -> tuple[Run, Config | None]:
+    done = (then := follow_up(run)) is None or _has_child(run, list_runs(run.path.parent))
+    return run, None if done else then
 
 
 def _newest(runs_dir: Path) -> Run:

@@ -26,7 +26,7 @@ _CHOICES: Final = (
     "exclude_file",
     *("arch", "weights", "epochs", "transfer_epochs", "batch_size", "seed", "views", "device"),
     "precision",
-    *("cache", "cache_dir", "cache_limit", "runs_dir"),
+    *("cache", "cache_dir", "cache_limit", "runs_dir", "track"),
 )
 _EPILOG: Final = """\
 examples:

@@ -15,7 +15,7 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -36,7 +36,7 @@ from trainer.schema import (
     ThawError,
 )
 
-_RUN_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+RUN_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VALUES: Final = operator.itemgetter(*EPOCH_FIELDS)
 _NONE_BEFORE_ANY_STEP: Final = ("train_loss", "train_acc")
 _WHOLE_NUMBERS: Final = ("epoch", "phase_epoch", "trainable_params", "peak_memory_bytes")
@@ -117,7 +117,9 @@ class RunReader:
     """Reads one run folder again and again: run.json when it has changed, and of a metrics.jsonl
     that only grew no more than what is new."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, let_go: Callable[[Path], bool] | None = None) -> None:
+        """`let_go` says of a log whether nobody writes it any more; by default its lock does."""
+        self._let_go = let_go or _is_let_go
         self._run = Run(path, {})
         self._info_file, self._log_file = path / RUN_JSON, path / METRICS_JSONL
         self._stamps: list[Stamp] = [(-1, -1, -1), (-1, -1, -1)]
@@ -151,7 +153,7 @@ class RunReader:
     def _let_go_changed(self) -> bool:
         """Whether the run says that it is running while nobody writes it: it was killed."""
         before, ended = self._was_let_go, False
-        self._was_let_go = self._says_running() and _is_let_go(self._log_file)
+        self._was_let_go = self._says_running() and self._let_go(self._log_file)
         if self._was_let_go and not before:
             # A writer says how the run has ended before it lets go, maybe just now.
             ended = self._info_changed()
@@ -193,7 +195,7 @@ def run_folders(runs_dir: Path) -> list[Path]:
     None where there is no such folder; raises RunError where it cannot be read.
     """
     try:
-        names = sorted(filter(_RUN_ID.fullmatch, os.listdir(runs_dir)))  # noqa: PTH208
+        names = sorted(filter(RUN_ID.fullmatch, os.listdir(runs_dir)))  # noqa: PTH208
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -309,14 +311,14 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
     sound = sound and isinstance(info.get("config", {}), dict)
     sound = sound and isinstance(info.get("dataset", {}), dict)
     sound = sound and isinstance(info.get("parent_run_id"), (str, type(None)))
-    sound = sound and _RUN_ID.fullmatch(info.get("parent_run_id") or "none") is not None
+    sound = sound and RUN_ID.fullmatch(info.get("parent_run_id") or "none") is not None
     if not sound:
         raise RunError(f"{path} is damaged: a field has the wrong type.")
 
 
 _MARK_BYTES: Final = 256  # a line ends with its time, so no other log ends with the same bytes
 _NAMED_LINES: Final = 5
-_LONGEST_LOG: Final = 200_000_000  # 400,000 epochs
+LONGEST_LOG: Final = 200_000_000  # 400,000 epochs
 
 
 @dataclass(frozen=True)
@@ -338,8 +340,8 @@ class _Log:
         on has dropped lines, or another file has taken its place, all."""
         inode = os.fstat(file.fileno()).st_ino
         known = self if inode == self.inode and self._grew(file) else _Log(inode=inode)
-        if os.fstat(file.fileno()).st_size - known.end > _LONGEST_LOG:
-            raise OSError(errno.EFBIG, f"more than {_LONGEST_LOG // 10**6} MB are new in it")
+        if os.fstat(file.fileno()).st_size - known.end > LONGEST_LOG:
+            raise OSError(errno.EFBIG, f"more than {LONGEST_LOG // 10**6} MB are new in it")
         file.seek(known.end)
         return known._and(file.readall())
 
@@ -417,7 +419,11 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and -limit <= value <= limit
 
 
-def checkpoint_path(run: Run, which: Literal["before", "after"]) -> Path:
+def checkpoint_path(
+    run: Run,
+    which: Literal["before", "after"],
+    is_there: Callable[[Path], bool] = Path.is_file,
+) -> Path:
     """The checkpoint from before unfreezing, or the best after it.
 
     "after" is the best checkpoint of the run's last phase. "before" is the one that the finetune
@@ -431,7 +437,7 @@ def checkpoint_path(run: Run, which: Literal["before", "after"]) -> Path:
         )
     else:
         path = run.path.parent / (run.parent_run_id or "none") / CHECKPOINTS / _parent_file(run)
-    if not path.is_file():
+    if not is_there(path):
         raise RunError(
             f"The checkpoint {path} is not there: the run has not written it, or it was deleted."
         )

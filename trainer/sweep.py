@@ -19,6 +19,7 @@ from trainer.ranking import count, ranking, table
 from trainer.recipe import parse
 from trainer.run_writer import check_writable
 from trainer.runlog import Run, find_run, list_runs
+from trainer.search import Watch, search
 
 if TYPE_CHECKING:
     from trainer.predict import Prediction
@@ -34,11 +35,14 @@ def _fit(config: Config) -> Run:
 
 
 def _fit_together(
-    configs: Sequence[Config], sweep: SweepInfo, interrupted: Mapping[int, Run]
+    configs: Sequence[Config],
+    sweep: SweepInfo,
+    interrupted: Mapping[int, Run],
+    watch: Watch | None = None,
 ) -> list[Run]:
     from trainer.fit import fit_together
 
-    return fit_together(configs, sweep, interrupted)
+    return fit_together(configs, sweep, interrupted, watch=watch)
 
 
 def _predict(members: Plan) -> Prediction:
@@ -52,13 +56,12 @@ class Engine:
     """What trains and what predicts; both import torch, so they are imported when called.
 
     `fit_together` returns one Run for each config, in their order, also for those that failed; the
-    runs that it is given, by index, were interrupted: it goes on with them where it can.
+    runs that it is given, by index, were interrupted: it goes on with them where it can. A `Watch`,
+    by the same index, follows only where there is one.
     """
 
     fit: Callable[[Config], Run] = _fit
-    fit_together: Callable[[Sequence[Config], SweepInfo, Mapping[int, Run]], list[Run]] = (
-        _fit_together
-    )
+    fit_together: Callable[..., list[Run]] = _fit_together
     predict: Callable[[Plan], Prediction] = _predict
 
 
@@ -69,11 +72,21 @@ def main(argv: list[str] | None = None, engine: Engine | None = None) -> int:
     interrupted.
     """
     stop_on_signals()
-    return guarded(lambda: _run(parse(argv), engine or Engine()))
+    return guarded(lambda: _run(parse(argv), engine))
 
 
-def _run(request: Request, engine: Engine) -> int:
+def _run(request: Request, engine: Engine | None) -> int:
+    engine = engine or _engine(request)
     return _dry_run(request, engine) if request.dry_run else _sweep(request, engine)
+
+
+def _engine(request: Request) -> Engine:
+    if request.cluster is None:
+        return Engine()
+    from trainer.on_ray import RayEngine
+
+    on_ray = RayEngine(request.cluster)
+    return Engine(on_ray.fit, on_ray.fit_together)
 
 
 # --- training ---------------------------------------------------------------------------------
@@ -92,6 +105,8 @@ def _train_all(request: Request, engine: Engine) -> int:
 
 def train_all(request: Request, engine: Engine) -> tuple[Plan, dict[int, Run]]:
     """Train what is not done yet and print the ranking; the runs are by index in the plan."""
+    if request.search is not None:
+        return _search(request, engine)
     whole = plan(request, _parent(request, engine))
     print(f"Sweep {inert(whole.name)}: {_extent(whole)}")
     known = {} if request.again else earlier(whole)
@@ -99,6 +114,18 @@ def train_all(request: Request, engine: Engine) -> tuple[Plan, dict[int, Run]]:
     if done:
         print(_already(whole, done))
     runs = done | _train(whole, known, engine)
+    print(ranking(whole, runs))
+    return whole, runs
+
+
+def _search(request: Request, engine: Engine) -> tuple[Plan, dict[int, Run]]:
+    def train(part: Plan, watch: Watch | None) -> dict[int, Run]:
+        known = {} if request.again else earlier(part)
+        done = {index: run for index, run in known.items() if run.status == "done"}
+        return done | _train(part, known, engine, watch)
+
+    whole, runs = search(request, _parent(request, engine), train)
+    runs = earlier(whole) | runs  # those of an earlier start of this command
     print(ranking(whole, runs))
     return whole, runs
 
@@ -112,7 +139,9 @@ def _saying_how_to_go_on() -> Iterator[None]:
         raise
 
 
-def _train(whole: Plan, known: Mapping[int, Run], engine: Engine) -> dict[int, Run]:
+def _train(
+    whole: Plan, known: Mapping[int, Run], engine: Engine, watch: Watch | None = None
+) -> dict[int, Run]:
     """Train the members that are not done; returns their runs by index in the plan."""
     indices = range(len(whole.members))
     rest = [index for index in indices if index not in known or known[index].status != "done"]
@@ -120,8 +149,16 @@ def _train(whole: Plan, known: Mapping[int, Run], engine: Engine) -> dict[int, R
         return {}
     part = whole.only(rest)
     interrupted = {i: known[index] for i, index in enumerate(rest) if index in known}
-    runs = engine.fit_together(part.configs, part.info, interrupted)
+    if watch is None:
+        runs = engine.fit_together(part.configs, part.info, interrupted)
+    else:
+        runs = engine.fit_together(part.configs, part.info, interrupted, _only(watch, rest))
     return dict(zip(rest, runs, strict=True))
+
+
+def _only(watch: Watch, indices: Sequence[int]) -> Watch:
+    """For the plan of these members alone."""
+    return lambda index, record: watch(indices[index], record)
 
 
 def _status(runs: Iterable[Run]) -> int:

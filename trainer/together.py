@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from trainer.cache import say
@@ -21,11 +23,13 @@ from trainer.model import freeze, unfreeze, unfreeze_everything, unfreeze_head
 from trainer.phase import Part, PhaseRun, Stage
 from trainer.prefix import Trace, trace
 from trainer.progress import Progress
+from trainer.ranks import LostError, about, agree, from_first, stopping_together
 from trainer.resume import Resume
 from trainer.run_writer import RunWriter
 from trainer.runlog import Run
-from trainer.schema import Status, ThawError
+from trainer.schema import EpochRecord, Status, ThawError
 from trainer.start import Start
+from trainer.track import tracking
 
 _FEWER_VIEWS: Final = 5
 _LONG_MINUTES: Final = 10
@@ -37,7 +41,7 @@ class Member:
 
     `resume` is the interrupted run to go on with; all members that train together have one that
     ended after the same epoch, or none. `again` is a run that was stopped before anything was kept
-    of it: this one takes its folder.
+    of it: this one takes its folder. `watch` is asked after each epoch whether to train on.
     """
 
     config: Config
@@ -46,6 +50,7 @@ class Member:
     extra: dict[str, Any] = field(default_factory=dict)
     resume: Resume | None = None
     again: Run | None = None
+    watch: Callable[[EpochRecord], str | None] | None = None
 
 
 def train_together(
@@ -57,8 +62,16 @@ def train_together(
     diverges, or whose folder cannot be written, ends as failed; the others go on. Whatever else
     stops them is raised, after each has kept its checkpoints and said in its log how it ended.
     `beside` are all that these members began beside: what is frozen is cached and computed in the
-    same stretches as then, and rounded alike.
+    same stretches as then, and rounded alike. Of several processes that train one member together
+    all return; rank 0 alone writes.
     """
+    with tracking(members[0].config.track), stopping_together():
+        return _train_together(members, photos, progress, beside)
+
+
+def _train_together(
+    members: Sequence[Member], photos: Photos, progress: Progress, beside: Sequence[Config]
+) -> list[PhaseRun]:
     config, start = members[0].config, members[0].start
     device = choose_device(config.device)
     start.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -68,6 +81,7 @@ def train_together(
     try:
         for member, part in zip(members, parts, strict=False):
             runs.append(_open_run(member, part, photos, device))
+            runs[-1].watch = member.watch
         engine = engine_of(config, start, photos, device, traced, parts)
         for run in runs:
             run.writer.update(engine=engine.to_dict())
@@ -77,6 +91,9 @@ def train_together(
         _Drive(runs, [m.label for m in members], engine, photos, progress).all_epochs()
     except (KeyboardInterrupt, SystemExit):
         _end_all(runs, "interrupted", None)
+        raise
+    except LostError as error:  # a run that can go on
+        _end_all(runs, "interrupted", str(error))
         raise
     except BaseException as error:
         _end_all(runs, "failed", f"{type(error).__name__}: {error}")
@@ -131,12 +148,20 @@ def _stages(config: Config, network: nn.Module) -> list[Stage]:
 
 
 def _open_run(member: Member, part: Part, photos: Photos, device: torch.device) -> PhaseRun:
-    config, start, resume = member.config, member.start, member.resume
+    config, start = member.config, member.start
     objective = objective_of(config, photos.train.labels, len(start.classes), device)
+    opened: list[RunWriter] = []
+    from_first(lambda: opened.append(_open_writer(member, photos, device)))
+    kind, writer = (PhaseRun, opened[0]) if opened else (_Follower, _nobody())
+    return kind(config, start, writer, part, objective, photos.val, device, member.resume)
+
+
+def _open_writer(member: Member, photos: Photos, device: torch.device) -> RunWriter:
+    config, start, resume = member.config, member.start, member.resume
     if resume is not None:
         writer = RunWriter.reopen(resume.run, resume.checkpoint.epoch)
-        writer.update(environment=describe(device))
-        return PhaseRun(config, start, writer, part, objective, photos.val, device, resume)
+        writer.update(environment=describe(device), **about(writer.info))
+        return writer
     info = {
         "recipe": config.recipe,
         "config": config.to_dict(),
@@ -148,11 +173,40 @@ def _open_run(member: Member, part: Part, photos: Photos, device: torch.device) 
         **start.origin,
         **member.extra,
     }
+    info |= about(info)
     if member.again is not None:
-        writer = RunWriter.begin_again(member.again, info)
-    else:
-        writer = RunWriter.create(config.runs_dir, config.run_name or _name(config), info)
-    return PhaseRun(config, start, writer, part, objective, photos.val, device)
+        return RunWriter.begin_again(member.again, info)
+    return RunWriter.create(config.runs_dir, config.run_name or _name(config), info)
+
+
+class _Follower(PhaseRun):
+    """A run as the ranks see it that do not write it: they train it, and keep nothing."""
+
+    def _open_logs(self, resume: Resume | None) -> None:
+        self._journal, self._board = _nobody(), _nobody()
+
+    def save(self) -> None:
+        self._unsaved.clear()
+
+    def _save_predictions(self, name: str, logits: NDArray[np.float32]) -> None:
+        pass
+
+
+class _Nobody:
+    """Takes whatever there is to write, and writes nothing."""
+
+    path = Path()
+
+    def __getattr__(self, name: str) -> Any:
+        return _written_nowhere
+
+
+def _nobody() -> Any:
+    return _Nobody()
+
+
+def _written_nowhere(*values: Any, **named: Any) -> None:
+    pass
 
 
 def _name(config: Config) -> str:
@@ -267,6 +321,7 @@ class _Drive:
                     self._epoch(phase_epoch)
         for run in self._active:
             _end_done(run)
+        self._agree()
 
     @property
     def _active(self) -> list[PhaseRun]:
@@ -277,7 +332,7 @@ class _Drive:
         for source in (self._val, self._train):
             if not source.augmented and self._config.phase != "direct":
                 source.open()
-                source.fill(self._config.batch_size)
+                source.fill(self._config.batch_size, only_mine=source is self._val)
 
     def _before(self, started: float) -> None:
         evaluations = evaluate(self._runs, self._val, self._config.batch_size)
@@ -288,6 +343,7 @@ class _Drive:
                 run.begin(evaluation, seconds)
             except ThawError as error:
                 run.fail(error)
+        self._agree()
         self._show(0)
 
     def _epoch(self, phase_epoch: int) -> None:
@@ -298,6 +354,7 @@ class _Drive:
                 run.start_epoch(phase_epoch)
             except ThawError as error:
                 run.fail(error)
+        self._agree()
         if not (active := self._active):
             return
         results, seconds = train_epoch(
@@ -323,7 +380,11 @@ class _Drive:
                 run.save_sometimes()
             except ThawError as error:
                 run.fail(error)
+        self._agree()
         self._show(phase_epoch)
+
+    def _agree(self) -> None:
+        agree(next((run.error for run in self._runs if run.error is not None), None))
 
     def _show(self, phase_epoch: int) -> None:
         records = [

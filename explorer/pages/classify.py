@@ -10,10 +10,11 @@ from typing import Final
 
 import streamlit as st
 
-from explorer.classify import Classifier, Exported, Look, Slot, slots
+from explorer.classify import Classifier, Exported, Look, Slot, exported, slots
 from explorer.desk import Desk, Ready, Row, Upload, changes, difference, median_seconds, to_csv
 from explorer.exporting import command
 from explorer.gradcam import RAMP, GradCamError
+from explorer.mirror import brought
 from explorer.pages import parts
 from explorer.shipped import small
 from trainer.preprocess import PHOTO_SUFFIXES
@@ -123,7 +124,7 @@ def _explain(run: Run) -> None:
         if slot.reason:
             st.text(f"{slot.title}: {slot.reason}")
     names = "before and after unfreezing" if len(networks) == 2 else "as it was trained"
-    if run.onnx:
+    if exported(run):
         st.text(f"Side by side: the network {names}, and the exported model.onnx.")
     else:
         st.text(f"The network {names} will answer.")
@@ -132,7 +133,7 @@ def _explain(run: Run) -> None:
 
 def _how_to_export(run: Run, why: str) -> None:
     st.text(why)
-    typed = command(run, "after", None, parts.runs_dir())
+    typed = command(run, "after", None, parts.typed_dir())
     st.code(shlex.join(typed), language="bash", wrap_lines=True)
     if st.button("Open the Export page", key="to-export"):
         parts.go("exporting")  # the run is chosen there already: all pages share the choice
@@ -141,13 +142,14 @@ def _how_to_export(run: Run, why: str) -> None:
 def _load_all(run: Run) -> list[Ready]:
     """The networks of a run that can be loaded; the page says why the others cannot."""
     ready = [each for slot in slots(run) if (each := _load(slot)) is not None]
-    if run.onnx is None:
+    path = exported(run)
+    if path is None:
         _how_to_export(run, _NOT_EXPORTED)
         return ready
     try:
-        stamp = _stamp(run.onnx)
         with st.spinner("Loading the network: model.onnx"):
-            model = _exported(str(run.onnx), stamp)
+            stamp = _stamp(brought(path))
+            model = _exported(str(path), stamp)
     except (ThawError, OSError) as error:
         _how_to_export(run, f"{error} Export it anew:")
         return ready
@@ -163,8 +165,8 @@ def _load(slot: Slot) -> Ready | None:
     problem = slot.reason
     if slot.path is not None:
         try:
-            stamp = _stamp(slot.path)
             with st.spinner(f"Loading the network: {slot.title}"):
+                stamp = _stamp(brought(slot.path))
                 network = _classifier(str(slot.path), stamp)
             return Ready(slot.which, slot.title, network, stamp)
         except (ThawError, OSError) as error:

@@ -16,6 +16,7 @@ from explorer.data import Snapshot
 from explorer.exported import exported_table
 from explorer.exporting import ExportingError, Job, Jobs, Report, Step, command, runnable
 from explorer.figures import Figures
+from explorer.mirror import brought, url_of
 from explorer.pages import parts
 from explorer.shipped import (
     PROVEN,
@@ -140,7 +141,8 @@ def _precision() -> Precision:
 def _model(chosen: _Chosen) -> Shipped | None:
     """Show what was exported of this checkpoint in this precision, if anything was."""
     try:
-        model = shipped(chosen.run, chosen.which, chosen.precision)
+        with st.spinner("Checking the model"):
+            model = shipped(chosen.run, chosen.which, chosen.precision)
     except ModelFileError as error:
         st.error("The model cannot be checked.", icon=":material/error:")
         st.text(str(error))
@@ -196,18 +198,24 @@ def _downloads(chosen: _Chosen, model: Shipped) -> None:
     if model.card in _CARDS:
         st.text(_CARDS[model.card])
     st.caption("In a terminal, without PyTorch")
-    typed = ["python", "-m", "export.infer", str(model.path), "PHOTOS"]
+    # What was fetched from elsewhere goes again: then the one that is downloaded.
+    path = Path(_file_name(model.path, run)) if url_of(model.path) else model.path
+    typed = ["python", "-m", "export.infer", str(path), "PHOTOS"]
     st.code(shlex.join(typed), language="bash", wrap_lines=True)
     st.caption("In Python")
-    st.code(snippet(model.path), language="python", wrap_lines=True)
+    st.code(snippet(path), language="python", wrap_lines=True)
+
+
+def _file_name(path: Path, run: Run) -> str:
+    return f"{run.run_id}-{path.name}"
 
 
 def _download(path: Path, label: str, run: Run) -> None:
     """The file is read when it is asked for, not at every look at the page."""
     st.download_button(
         label,
-        path.read_bytes,
-        file_name=f"{run.run_id}-{path.name}",
+        lambda: brought(path).read_bytes(),
+        file_name=_file_name(path, run),
         mime="application/octet-stream",
         key=f"download-{path.name}",
         on_click="ignore",
@@ -287,7 +295,7 @@ def _export(chosen: _Chosen, model: Shipped | None) -> None:
         st.text("This run is still training: what is exported is its best epoch so far.")
     read_only = parts.is_read_only("No export can be started here.")
     data, problem = (None, "") if read_only else _moved(chosen)
-    typed = command(chosen.run, chosen.which, data, parts.runs_dir(), chosen.precision)
+    typed = command(chosen.run, chosen.which, data, parts.typed_dir(), chosen.precision)
     job = _jobs().of(chosen.model)
     running = job is not None and job.report().state == "running"
     if read_only:

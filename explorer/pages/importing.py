@@ -45,7 +45,7 @@ _DONE: Final = "imported"
 def page() -> None:
     parts.style()
     st.header("Have you trained elsewhere? Bring the logs here.", anchor=False)
-    snapshot = parts.library().snapshot()
+    snapshot = parts.current()
     if parts.is_read_only("Nothing can be imported here."):
         st.caption("Where you may write to a runs folder, the command line does it:")
         _commands()

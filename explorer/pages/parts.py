@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib import import_module
@@ -23,6 +24,8 @@ from explorer import access
 from explorer.classify import Prediction
 from explorer.compare import Summary, verdict
 from explorer.data import Library, Snapshot, runs_dir_from
+from explorer.mirror import Mirror
+from explorer.remote import is_url, runs_place
 from explorer.render import to_svg
 from trainer.runlog import Run
 
@@ -34,6 +37,8 @@ _ASKED: Final = "asked"  # what another page wants chosen here
 _UNFIT: Final = re.compile(r"[^\w.-]+")  # for the name of a file
 _WHILE_RUNNING: Final = 2.0
 _WHILE_IDLE: Final = 15.0  # only to notice a run that has just been started
+_FIRST_RUNS: Final = 10.0  # how long a page waits for runs that are elsewhere
+_ELSEWHERE: Final = 5.0
 _STYLE: Final = """<style>
 .stMainBlockContainer {padding-top: 4.5rem; padding-bottom: 3rem}
 .stElementContainer[data-stale="true"] {opacity: 1 !important}  /* no dimming while refreshing */
@@ -65,14 +70,19 @@ def runs_dir() -> Path:
     return runs_dir_from(sys.argv[1:], os.environ)
 
 
+def typed_dir() -> Path:
+    """The runs folder that a command to type can use: of runs elsewhere, where a copy would be."""
+    return Path("runs") if is_url(runs_place(sys.argv[1:], os.environ)) else runs_dir()
+
+
 @st.cache_resource(show_spinner=False, max_entries=4)
-def _library(path: str) -> Library:
-    return Library(Path(path))
+def _library(place: str, path: str) -> Library:
+    return Library.at(place)
 
 
 def library() -> Library:
     """The one library of this runs folder, shared by all sessions."""
-    return _library(str(runs_dir()))
+    return _library(runs_place(sys.argv[1:], os.environ), str(runs_dir()))
 
 
 def style() -> None:
@@ -84,12 +94,73 @@ def opened(title: str) -> Snapshot | None:
     """Begin a page: its style and title, and the runs; without any, says what to type."""
     style()
     st.header(title, anchor=False)
-    snapshot = library().snapshot()
+    snapshot = current()
     if snapshot.runs:
         return snapshot
-    no_runs(library().runs_dir)
+    mirror = library().mirror
+    if mirror is None:
+        no_runs(library().runs_dir)
+    else:
+        _no_runs_elsewhere(mirror)
     problems(snapshot)
     return None
+
+
+def current() -> Snapshot:
+    """The runs as they are now; of those elsewhere the page says where that is and how old."""
+    mirror = library().mirror
+    if mirror is None:
+        return library().snapshot()
+    with st.spinner("Fetching the runs"):
+        mirror.refresh(_FIRST_RUNS)
+    snapshot = library().snapshot()
+    st.fragment(_elsewhere, run_every=_ELSEWHERE)(mirror, bool(snapshot.runs))
+    return snapshot
+
+
+def _elsewhere(mirror: Mirror, any_runs: bool) -> None:
+    """Of runs elsewhere, where that is, how old what is shown is, and why it is not newer."""
+    now = mirror.standing
+    if now.problem:
+        st.error("The runs cannot be read where they are.", icon=":material/cloud_off:")
+        st.text(now.problem)
+    if now.fetched is not None:
+        when = f"as of {_ago(time.time() - now.fetched)}"
+    else:
+        when = "being fetched" if any_runs else "nothing fetched yet"
+    coming = f" Still to come: {now.left:,} files." if now.left else ""
+    said = f"Runs at {now.url}, {when}. Only read here.{coming}"
+    st.html(f'<div class="thaw-small thaw-says">{escape(said)}</div>')
+    if not any_runs:
+        mirror.refresh()
+        if library().snapshot().runs:
+            st.rerun()
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{max(0.0, seconds):.0f} s ago"
+
+
+def _no_runs_elsewhere(mirror: Mirror) -> None:
+    """What to do where nothing was fetched."""
+    now = mirror.standing
+    if not now.problem and now.fetched is None:
+        st.info("The runs are being fetched.")
+    elif not now.problem:
+        st.subheader("No runs yet")
+        st.text(f"There is nothing to show at {now.url}. Train, then copy the runs there:")
+        st.code("python -m trainer --phase finetune --data PATH/TO/PHOTOS", language="bash")
+        st.code(_copying(now.url), language="bash", wrap_lines=True)
+    st.button("Look again")
+
+
+def _copying(url: str) -> str:
+    if url.startswith("s3://"):
+        return f"aws s3 sync runs {shlex.quote(url)}"
+    return f"rclone sync runs REMOTE:PATH  # what {url} is to rclone"
 
 
 def live(shown: Snapshot, draw: Callable[..., None], *arguments: object) -> None:
@@ -110,7 +181,7 @@ def _redraw(
 
 def said_where() -> str:
     """What to add to a command so that it uses this runs folder; empty where it does anyway."""
-    folder = runs_dir()
+    folder = typed_dir()
     return "" if folder == Path("runs") else f" --runs-dir {shlex.quote(str(folder))}"
 
 

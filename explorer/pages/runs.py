@@ -17,12 +17,12 @@ from explorer.annotations import (
     load_annotation,
     save_annotation,
 )
-from explorer.data import Snapshot
+from explorer.data import Snapshot, command_of
 from explorer.manage import archive, bytes_on_disk, delete, left_without_parent
 from explorer.overview import BOTH, SORTS, Overview, View, constants_line, folded, sendable, shown
 from explorer.pages import parts
 from trainer.cache import format_size
-from trainer.reproduce import ReproduceError, command
+from trainer.reproduce import ReproduceError
 from trainer.runlog import RunError
 from trainer.schema import PHASES
 
@@ -301,7 +301,7 @@ def _open_dialog(snapshot: Snapshot) -> None:
 def _command(snapshot: Snapshot, name: str) -> None:
     run = snapshot.runs[name]
     try:
-        st.code(command(run), language="bash", wrap_lines=True)
+        st.code(command_of(run), language="bash", wrap_lines=True)
     except ReproduceError as error:
         st.text(sendable(str(error)))
         return
