@@ -38,7 +38,8 @@ from trainer.schema import ThawError
 T = TypeVar("T")
 
 # A process that gives no sign for this long, while the others wait for its gradients, is lost.
-_LOST_SECONDS: Final = "THAW_LOST_SECONDS", 300.0
+_LOST_SECONDS: Final = 300.0
+_LOST_NAME: Final = "THAW_LOST_SECONDS"
 # Decoding and filling a cache take as long as they take, on one machine longer than on another.
 _PATIENCE: Final = timedelta(hours=6)
 _LOOK_SECONDS: Final = 0.01
@@ -109,9 +110,7 @@ def joined() -> Iterator[None]:
     if ranks() == 1:
         yield
         return
-    name, default = _LOST_SECONDS
-    lost = timedelta(seconds=float(os.environ.get(name, default)))
-    gpus = torch.cuda.device_count()
+    lost, gpus = _lost_after(), torch.cuda.device_count()
     with _reached():
         store, number, among = next(rendezvous("env://", timeout=lost))
         store = PrefixStore(_name_of_meeting(store, number, among, lost), store)
@@ -129,6 +128,14 @@ def joined() -> Iterator[None]:
     finally:
         _team = None
         dist.destroy_process_group()
+
+
+def _lost_after() -> timedelta:
+    given = os.environ.get(_LOST_NAME)
+    try:
+        return timedelta(seconds=_LOST_SECONDS if given is None else float(given))
+    except (ValueError, OverflowError) as error:
+        raise RanksError(f"{_LOST_NAME}={given}: must be a number of seconds.") from error
 
 
 def _name_of_meeting(store: Store, number: int, among: int, lost: timedelta) -> str:
@@ -197,7 +204,8 @@ def _reached() -> Iterator[None]:
         raise LostError(
             "Another process of this training has ended or cannot be reached "
             f"({reason.partition('. ')[0].strip()}). What it said itself stands above, or on its "
-            "machine. The run is kept up to its last epoch."
+            "machine. A run that had begun goes on with --resume auto, by any number of processes; "
+            "with --max-restarts torchrun sees to that."
         ) from error
 
 
