@@ -28,7 +28,8 @@ from trainer.config import Config, ConfigError, Schedule
 from trainer.imports.read import read_all
 from trainer.listing import _split_class, excluded_line, read_excluded
 from trainer.recipe import _pair
-from trainer.runlog import _end_of_epoch, find_run, list_runs
+from trainer.run_writer import _end_of_epoch
+from trainer.runlog import find_run, list_runs
 from trainer.schedule import learning_rate
 from trainer.schema import EPOCH_FIELDS, PHASES, ThawError
 
