@@ -156,7 +156,7 @@ def test_killed_at_random_moments(
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("trainer.fit:_from_run", 1),  # the trunk is done, the finetune phase has not begun
+        slow("trainer.fit:_from_run", 1),  # the trunk is done, the finetune phase has not begun
         slow("trainer.journal:Journal.write", 5),  # an epoch is logged and not kept
         *(slow("os:fsync", call) for call in range(1, 34, 4)),  # a temporary file is there
         *(slow("trainer.phase:save_checkpoint", call) for call in range(1, 7)),

@@ -44,7 +44,13 @@ def test_small_photos_are_cut_where_training_begins() -> None:
 
 
 @pytest.mark.parametrize(
-    "arch", ["densenet121", "swin_t", "timm:vit_tiny_patch16_224", "googlenet"]
+    "arch",
+    [
+        "densenet121",
+        pytest.param("swin_t", marks=pytest.mark.slow),
+        "timm:vit_tiny_patch16_224",
+        "googlenet",
+    ],
 )
 def test_the_parts_give_what_the_whole_gives(arch: str) -> None:
     network = build_model(ModelSpec(arch, 5)).eval()

@@ -38,6 +38,7 @@ def test_a_page_fits_its_window_and_shows_no_error(
     assert page.title() == PAGES[path] or page.title().startswith("Thaw")
 
 
+@pytest.mark.slow
 def test_every_page_says_what_to_type_without_runs(tmp_path: Path, open_page: OpenPage) -> None:
     with serve(tmp_path) as address:
         for path in PAGES:
@@ -58,6 +59,7 @@ def test_a_click_on_a_cell_shows_its_run_and_leads_to_it(app: str, open_page: Op
     assert page.url.count("runs=") == 1
 
 
+@pytest.mark.slow
 def test_photos_that_changed_are_shown_by_link(app: str, open_page: OpenPage) -> None:
     page = open_page(f"{app}/changed")
     page.get_by_test_id("stButtonGroup").get_by_text("Confusions").click()
@@ -66,6 +68,7 @@ def test_photos_that_changed_are_shown_by_link(app: str, open_page: OpenPage) ->
     expect(again.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=60_000)
 
 
+@pytest.mark.slow
 def test_a_run_can_be_renamed_and_deleted_after_asking(
     runs_dir: Path, tmp_path: Path, open_page: OpenPage
 ) -> None:
@@ -102,6 +105,7 @@ def test_a_log_from_elsewhere_becomes_a_run(tmp_path: Path, open_page: OpenPage)
         expect(page.locator(".thaw-verdict")).to_have_count(1)
 
 
+@pytest.mark.slow
 def test_the_report_is_one_file(app: str, open_page: OpenPage) -> None:
     page = open_page(app)
     with page.expect_download(timeout=60_000) as download:
