@@ -56,6 +56,12 @@ def jpeg(before: bytes = b"") -> bytes:
     return content[:2] + before + content[2:]
 
 
+def four_colours(width: int, height: int) -> bytes:
+    """A JPEG in CMYK that says to be so large."""
+    content = encode(Image.new("CMYK", (40, 30)), "JPEG", progressive=True)
+    return content.replace(struct.pack(">HH", 30, 40), struct.pack(">HH", height, width), 1)
+
+
 def segment(marker: int, content: bytes = b"") -> bytes:
     return struct.pack(">BBH", 255, marker, len(content) + 2) + content
 
@@ -113,6 +119,10 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         "too large",
     ),
     "a JPEG of 2,000 scans": (many_scans, "goes over its 1000x1000 pixels 2,0.. times"),
+    "a JPEG of 81 megapixels in four colours": (
+        lambda: four_colours(9_000, 9_000),
+        "9000x9000 pixels are more than the limit of 64,000,000",
+    ),
     "a JPEG that begins with 1 MB of padding": (lambda: jpeg(b"\xff" * 1_000_000), "too long"),
     "a JPEG with 1 MB of junk": (lambda: jpeg(segment(0xFE) + b"a" * 1_000_000), "too long"),
     "a JPEG of 100,000 comments": (lambda: jpeg(segment(0xFE) * 100_000), "too long: 1,001 parts"),
@@ -236,6 +246,26 @@ def test_no_photo_takes_more_than_a_gib() -> None:
     assert open_photo(io.BytesIO(content)).size == (3000, 4000)
     # 64 megapixels may take what is left for them, bands of 4 megapixels included.
     assert _memory("VmHWM") - before < 12_000_000 * 12 + 4_000_000 * 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "side"), [("RGB", 9_999), ("CMYK", 8_000)])
+def test_the_largest_jpegs_take_less_than_a_gib(mode: str, side: int) -> None:
+    """Progressive ones, of which libjpeg keeps all coefficients, decoded whole and turned."""
+    peak = Path("/proc/self/clear_refs")
+    if not os.access(peak, os.W_OK):
+        pytest.skip("needs Linux to measure memory")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new(mode, (side, side))
+    content = encode(image, "JPEG", progressive=True, subsampling=0, quality=90, exif=exif)
+    del image
+    peak.write_text("5")
+    before = _memory("VmRSS")
+    assert open_photo(io.BytesIO(content)).size == (side, side)
+    more = _memory("VmHWM") - before
+    print(f"{mode}, {side}x{side}: {more / 2**20:,.0f} MiB more")
+    assert more < 1 << 30
 
 
 def _memory(name: str) -> int:

@@ -131,7 +131,9 @@ def _opened(source: Path | IO[bytes]) -> ImageFile.ImageFile:
 
 def _check_size(image: ImageFile.ImageFile, content: bytes) -> None:
     width, height = image.size
-    largest = _LARGEST.get(image.format or "", _LARGEST_OTHER)
+    # With four colours libjpeg keeps a third more, and Pillow makes a copy in three.
+    four = image.mode == "CMYK"
+    largest = _LARGEST_OTHER if four else _LARGEST.get(image.format or "", _LARGEST_OTHER)
     if any(tile.codec_name in Image.DECODERS for tile in image.tile):
         # Decoded in Python, which also takes its time for bytes that make no pixel.
         largest = 0 if len(content) > 4 * _LARGEST_SLOW else _LARGEST_SLOW
