@@ -51,6 +51,7 @@ NOTE_COLOUR: Final = "#7c8792"
 _BAND_COLOUR: Final = "#e0a030"
 _FADED: Final = 0.1
 _MARK: Final = 6  # half a mark, which is cut off outside the plot
+_LEAST_SPREAD: Final = 0.004  # of accuracies on their axis
 _PLOT_HEIGHT: Final = 320
 _AROUND_PLOT: Final = 150  # title, split legend, axis and its title: Streamlit fits all into height
 _LEGEND_ROW: Final = 26
@@ -150,16 +151,28 @@ def _x(axis: Axis) -> alt.X:
 
 
 def _y(rows: pd.DataFrame, metric: Metric, look: Look, column: str = "value") -> alt.Y:
-    spread = rows["value"].max() - rows["value"].min() if len(rows) else 1.0
-    percent = ".1%" if spread < 0.05 else ".0%"
-    ticks = alt.Axis(format=percent if metric == "accuracy" else "~g", tickCount=6)
-    logarithmic = look.log and metric == "loss"
-    scale = (
-        alt.Scale(type="log", nice=False, padding=_MARK)
-        if logarithmic
-        else alt.Scale(zero=False, padding=_MARK)
-    )
+    if metric == "accuracy":
+        ticks, scale = _accuracies(rows)
+    else:
+        ticks = alt.Axis(format="~g", tickCount=6)
+        scale = alt.Scale(zero=False, padding=_MARK)
+        if look.log:
+            scale = alt.Scale(type="log", nice=False, padding=_MARK)
     return alt.Y(f"{column}:Q", title=None, axis=ticks, scale=scale)
+
+
+def _accuracies(rows: pd.DataFrame) -> tuple[alt.Axis, alt.Scale]:
+    """No two ticks with the same label, and no rounding that is drawn as a change."""
+    spread = rows["value"].max() - rows["value"].min() if len(rows) else 1.0
+    step = 0.001 if spread < 0.05 else 0.01
+    ticks = alt.Axis(format=".1%" if step < 0.01 else ".0%", tickCount=6, tickMinStep=step)
+    drawn = rows[["value", "raw", "low", "high"]]
+    low, high = drawn.min().min(), drawn.max().max()
+    if not high - low < _LEAST_SPREAD:
+        return ticks, alt.Scale(zero=False, padding=_MARK)
+    middle = round((low + high) / 2, 3)  # the same as long as a live run stays flat
+    domain = [max(0.0, middle - _LEAST_SPREAD / 2), middle + _LEAST_SPREAD / 2]
+    return ticks, alt.Scale(zero=False, padding=_MARK, domain=domain)
 
 
 def _colour(frame: pd.DataFrame, look: Look) -> alt.Color:

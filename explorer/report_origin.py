@@ -128,6 +128,7 @@ _FACTS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
     "Device": _fact("environment", "device"),
     "Processor": _fact("environment", "cpu"),
     "Threads": _fact("environment", "threads"),
+    "Processes": _fact("distributed", "world_size"),
     "Commit of Thaw": _fact("environment", "git"),
     "Weights": _fact("weights", "source"),
     "Weights, SHA-256": _fact("weights", "sha256"),

@@ -393,12 +393,14 @@ def _environment(card: Card) -> str:
     device, cpu, threads, versions, git = (
         stated(card.lineage[-1], "environment", name) for name in names
     )
+    processes = stated(card.lineage[-1], "distributed", "world_size")
     packages = versions.items() if isinstance(versions, Mapping) else ()
     named = ", ".join(f"{name} {version}" for name, version in packages if version)
     parts = (
         shown(device),
         shown(cpu),
-        f"{threads} threads" if isinstance(threads, int) else "",
+        count(processes, "process", "processes") if isinstance(processes, int) else "",
+        count(threads, "thread", "threads") if isinstance(threads, int) else "",
         shown(named),
         f"commit {code(git)} of Thaw" if isinstance(git, str) else "",
     )

@@ -363,6 +363,14 @@ def test_a_run_of_which_little_is_known(real: tuple[Run, Exported]) -> None:
     assert not unknowns(model_card(Run(run.path, odd), exported, [], 1e99))
 
 
+def test_it_says_by_how_many_processes_a_run_was_trained(real: tuple[Run, Exported]) -> None:
+    run, exported = real
+    info = {**run.info, "environment": {"device": "cpu", "threads": 1}}
+    info["distributed"] = {"world_size": 2, "nodes": 1, "job": "a"}
+    text = model_card(Run(run.path, info), exported, [], WRITTEN)
+    assert "Trained on `cpu`, 2 processes, 1 thread." in text
+
+
 @pytest.mark.parametrize("which", ["before", "after"])
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04"])
 def test_lost_predictions(

@@ -138,6 +138,18 @@ def test_scales_follow_the_data(frame: pd.DataFrame) -> None:
     assert line["encoding"]["y"]["axis"]["format"] == ".1%"
 
 
+def test_flat_curves_are_flat_and_no_two_ticks_are_called_the_same(frame: pd.DataFrame) -> None:
+    """Accuracies of 2 in 24 and 6 in 72 differ in the last bit: six ticks used to say 8.3%."""
+    flat = frame.assign(val_acc=2 / 24, train_acc=6 / 72 + 1e-9)
+    [line] = layers(overlay(flat, "accuracy", "total").to_dict())["line"]
+    y = line["encoding"]["y"]
+    assert y["scale"]["domain"] == pytest.approx([0.081, 0.085])
+    assert (y["axis"]["format"], y["axis"]["tickMinStep"]) == (".1%", 0.001)
+    none = frame.assign(val_acc=0.0, train_acc=0.0)
+    [line] = layers(overlay(none, "accuracy", "total").to_dict())["line"]
+    assert line["encoding"]["y"]["scale"]["domain"][0] == 0
+
+
 def test_a_live_run_changes_data_and_not_the_specification(tmp_path: Path) -> None:
     trunk = write_trunk(tmp_path)
     specs = []

@@ -55,6 +55,7 @@ def finetune(runs_dir: Path, parent: str, name: str, accuracy: float, **settings
         parent_run_id=parent,
         config=given | {"schedule": schedule} | settings,
         classes=["rose", EVIL],
+        distributed={"world_size": 2, "nodes": 1, "job": "a"},
         environment={"versions": {"thaw": "0.1.0"}, "device": "cpu", "git": "abc123"},
     )
     save_predictions(writer.predictions("before"), wrong=30)
@@ -321,7 +322,7 @@ def test_every_chart_and_table_can_be_saved(report: Report, page: Page) -> None:
 
 
 def test_the_page_holds_every_number_as_it_is_shown(page: Page) -> None:
-    for shown in ("+20.00", "90.00%", "Made 2026-01-02 03:04 UTC", "abc123"):
+    for shown in ("+20.00", "90.00%", "Made 2026-01-02 03:04 UTC", "abc123", "Processes"):
         assert shown in page.text
 
 
