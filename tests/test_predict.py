@@ -15,6 +15,7 @@ from trainer import predict as module
 from trainer.__main__ import main
 from trainer.cache import list_entries
 from trainer.grid import plan
+from trainer.phase import Sample
 from trainer.predict import Prediction, predict
 from trainer.recipe import parse
 from trainer.schema import ThawError
@@ -88,6 +89,25 @@ def test_seeds_share_what_does_not_depend_on_them(many: Path) -> None:
     one, two = (predicted(many, f"--epochs 2 --seed {seeds}") for seeds in ("0", "0 1"))
     assert one.cache_bytes == two.cache_bytes
     assert one.seconds < two.seconds
+
+
+def test_layers_cost_from_when_they_are_freed(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes as many seconds as parameters train, and nothing else takes any time."""
+    now = 0
+
+    def train(learners: Sequence[Sample], *_: object) -> None:
+        nonlocal now
+        values = [value for learner in learners for value in learner.tail.parameters()]
+        now += sum(value.numel() for value in values if value.requires_grad)
+
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(module, "train_epoch", train)
+    few, more, gradual = (
+        predicted(many, f"--epochs 4 --unfreeze {flags}").seconds
+        for flags in ("10", "30", "10 --gradual 30@1")
+    )
+    assert few < more
+    assert gradual == pytest.approx((1 * few + 3 * more) / 4)
 
 
 @pytest.mark.parametrize(

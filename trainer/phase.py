@@ -199,14 +199,19 @@ class Sample:
         rate: float,
         objective: Objective | None = None,
         scales: Mapping[str, float] | None = None,
+        stage: Stage | None = None,
     ) -> Sample:
-        tail = part.copy()
+        """In `stage`, the last one unless it is given."""
+        tail, stage = part.copy(), stage or part.stages[-1]
+        made = make_optimizer(tail, optimizer, rate, scales, gradual=len(part.stages) > 1)
+        tail.requires_grad_(False)
+        free(tail, stage.unfrozen)
         return cls(
             tail,
             TrainingForward(tail),
             part.cut,
-            part.training,
-            make_optimizer(tail, optimizer, rate, scales),
+            stage.training,
+            made,
             objective or Objective(),
             part.linear,
         )

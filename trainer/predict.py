@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.config import Augmentation, Config
+from trainer.config import Augmentation, Config, OptimizerName
 from trainer.data import PhotoRows, Split, to_augment
 from trainer.environment import choose_device
 from trainer.frozen import Batch, Engine, Source, Work, prepare
@@ -23,7 +23,7 @@ from trainer.grid import Plan, batches_of, trunk
 from trainer.listing import Listing, list_photos
 from trainer.loop import evaluate, train_epoch
 from trainer.model import DEFAULT_ARCH, ModelSpec, build_model
-from trainer.phase import Part, Sample
+from trainer.phase import Part, Sample, Stage
 from trainer.prefix import Cut, in_order, trace
 from trainer.preprocess import Photo, PhotoError, load_photo
 from trainer.process import usable_cores
@@ -242,25 +242,27 @@ class _Bench:
         return self._reach[stop] - (0.0 if start is None else self._reach[start])
 
     def tails(self, members: Sequence[Config]) -> tuple[float, float]:
-        """A step and an evaluation of all members, from what crosses over at their cuts on."""
-        alike: dict[Hashable, list[Config]] = {}
+        """A step and an evaluation of all members, from what crosses over at their cuts on; the
+        mean of their epochs, where they free layers gradually."""
+        alike: dict[Hashable, list[_Tail]] = {}
         for member in members:
-            part = self.part(member)
-            alike.setdefault((part.cut, part.unfrozen, member.optimizer), []).append(member)
+            for tail in _tails(member, self.part(member)):
+                alike.setdefault(tail.kind, []).append(tail)
         steps = evaluations = 0.0
-        for key, same in alike.items():
+        for kind, same in alike.items():
             # Linear ones take their steps as one product.
-            number = min(len(same), _STACKED) if self.part(same[0]).linear else 1
-            if (key, number) not in self._known:
-                self._known[key, number] = self._tails(same[:number])
-            step, evaluation = self._known[key, number]
-            steps += step * len(same) / number
-            evaluations += evaluation * len(same) / number
+            number = min(len(same), _STACKED) if same[0].part.linear else 1
+            if (kind, number) not in self._known:
+                self._known[kind, number] = self._step_and_evaluation(same[0], number)
+            step, evaluation = self._known[kind, number]
+            weight = sum(tail.share for tail in same) / number
+            steps += step * weight
+            evaluations += evaluation * weight
         return steps, evaluations
 
-    def _tails(self, members: Sequence[Config]) -> tuple[float, float]:
+    def _step_and_evaluation(self, tail: _Tail, number: int) -> tuple[float, float]:
         source, size = self._source, len(self._source.rows)
-        learners = [Sample.of(self.part(member), member.optimizer, _NO_RATE) for member in members]
+        learners = [tail.sample() for _ in range(number)]
         step = self._seconds(lambda: train_epoch(learners, source, size, 1, _silent), size)
         return step, self._seconds(lambda: evaluate(learners, source, size), size)
 
@@ -322,6 +324,32 @@ class _Bench:
 def _kind(member: Config) -> tuple[str, str, str | None]:
     """What decides which part of the network a member trains."""
     return member.phase, member.unfreeze, member.gradual
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """What a member trains in `share` of its epochs."""
+
+    part: Part
+    stage: Stage
+    optimizer: OptimizerName
+    share: float
+
+    @property
+    def kind(self) -> Hashable:
+        """Those of one kind take the same time."""
+        return self.part.cut, self.stage.unfrozen, self.part.linear, self.optimizer
+
+    def sample(self) -> Sample:
+        return Sample.of(self.part, self.optimizer, _NO_RATE, stage=self.stage)
+
+
+def _tails(member: Config, part: Part) -> list[_Tail]:
+    ends = [*(stage.after for stage in part.stages[1:]), member.epochs]
+    return [
+        _Tail(part, stage, member.optimizer, (end - stage.after) / member.epochs)
+        for stage, end in zip(part.stages, ends, strict=True)
+    ]
 
 
 class _OneBatch(Source):
