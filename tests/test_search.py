@@ -4,6 +4,7 @@ runs."""
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,7 +101,6 @@ def test_an_interrupted_search_goes_on_with_what_it_had_proposed(
         (["--lr", "1e-4", "1e-3", "--trials", "3"], "--trials belongs to --search optuna"),
         ([*SEARCH, "--trials", "0"], "--trials 0: must be 1 or more"),
         ([*SEARCH, "--dry-run"], "--dry-run"),
-        ([*SEARCH, "--prune", "--engine", "ray"], "--prune"),
         ([*SEARCH, "--lr", "-1", "1"], "-1"),
     ],
 )
@@ -119,17 +119,47 @@ def test_without_optuna_it_says_how_to_get_it(
     assert "pip install -r requirements-search.txt" in capsys.readouterr().err
 
 
+def test_members_below_the_median_of_those_before_them_end_early(flags: list[str]) -> None:
+    stand_in = StandIn(lambda config: [score(config)] * 6)
+    asked = [*flags, *SEARCH, "--trials", "20", "--at-once", "5"]
+    assert main([*asked, "--prune"], stand_in.engine) == 0
+    runs = [run for run in list_runs(Path(flags[3])) if run.phase == "finetune"]
+    assert len(runs) == 20
+    lengths = [len(run.epochs) - 1 for run in runs]
+    early = [index for index, length in enumerate(lengths) if length < 6]
+    assert early and min(early) >= 5  # there is nothing to hold the first ones against
+    scores = [run.epochs[-1].val_acc for run in runs]
+    for index in early:
+        before = range(index - index % 5)
+        as_far = [scores[other] for other in before if lengths[other] >= lengths[index]]
+        assert scores[index] < statistics.median(as_far)
+        assert lengths[index] >= 3
+
+
+def score(config: Config) -> float:
+    found = best_at_1e4(config)
+    return 0.1 if isinstance(found, str) else found[0]
+
+
 @pytest.mark.slow
-def test_hopeless_members_of_a_real_search_end_early(tmp_path: Path, photos: Path) -> None:
-    pytest.importorskip("optuna", reason="needs requirements-search.txt")
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_the_members_of_a_real_search_are_watched(
+    tmp_path: Path, photos: Path, engine: str
+) -> None:
+    optuna = pytest.importorskip("optuna", reason="needs requirements-search.txt")
+    if engine == "ray":
+        pytest.importorskip("ray", reason="needs requirements-ray.txt")
     argv = [*TINY, "--phase", "transfer", "--data", str(photos), "--runs-dir", str(tmp_path)]
-    argv += ["--lr", "1e-4", "1e-1", "--head", "8,8", "--epochs", "6", "--trials", "10"]
-    assert main([*argv, "--search", "optuna", "--at-once", "5", "--prune"]) == 0
-    runs = list_runs(tmp_path)
-    assert {run.status for run in runs} == {"done"}
-    lengths = {len(run.epochs) - 1 for run in runs}
-    assert max(lengths) == 6
-    assert min(lengths) >= 3
+    argv += ["--lr", "1e-4", "1e-1", "--head", "8,8", "--epochs", "3", "--trials", "4"]
+    assert main([*argv, "--search", "optuna", "--at-once", "2", "--prune", "--engine", engine]) == 0
+    runs = {run.info["sweep"]["member"]: run for run in list_runs(tmp_path)}
+    (file,) = tmp_path.glob(".*.search")
+    backend = optuna.storages.journal.JournalFileBackend(str(file))
+    study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(backend))
+    assert len(study.trials) == 4
+    for number, trial in enumerate(study.trials, 1):
+        logged = {epoch.phase_epoch: epoch.val_acc for epoch in runs[number].epochs[1:]}
+        assert trial.intermediate_values == logged
 
 
 def test_a_bad_value_is_refused_before_anything_is_trained(flags: list[str]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from tests.conftest import TINY
 from tests.test_grid import write_parent
 from trainer.config import Config
 from trainer.grid import Plan, SweepInfo, plan
+from trainer.on_ray import _Part, _train
 from trainer.predict import Prediction
 from trainer.ranking import ranking, standings, verdict
 from trainer.recipe import parse
 from trainer.run_writer import RunWriter
 from trainer.runlog import Run, list_runs, read_run
-from trainer.schema import EpochRecord, PhaseRecord, Status
+from trainer.schema import RUN_JSON, EpochRecord, PhaseRecord, Status
+from trainer.search import Watch
 from trainer.sweep import Engine, earlier, find_parent, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,9 +93,14 @@ class StandIn:
         return write_run(config, None, [0.7])
 
     def fit_together(
-        self, configs: Sequence[Config], sweep: SweepInfo, interrupted: Mapping[int, Run]
+        self,
+        configs: Sequence[Config],
+        sweep: SweepInfo,
+        interrupted: Mapping[int, Run],
+        watch: Watch | None = None,
     ) -> list[Run]:
         self.interrupted = dict(interrupted)
+        watch = pickle.loads(pickle.dumps(watch))  # as it comes to another node
         runs = []
         for index, config in enumerate(configs):
             if index == self.stop_after:
@@ -102,12 +111,23 @@ class StandIn:
             if isinstance(found, str):
                 runs.append(write_run(config, entry, [0.1], "failed", found))
             else:
-                runs.append(write_run(config, entry, found))
+                told = None if watch is None else partial(watch, index)
+                runs.append(write_run(config, entry, _until(told, config, found)))
         return runs
 
     def predict(self, members: Plan) -> Prediction:
         self.predicted.append(members)
         return Prediction(seconds=5400.0, cache_bytes=37_632_000)
+
+
+def _until(
+    watch: Callable[[EpochRecord], str | None] | None, config: Config, accuracies: Sequence[float]
+) -> Sequence[float]:
+    """As many of these as there were epochs before the watch saw no hope."""
+    for epoch, accuracy in enumerate(accuracies, 1):
+        if watch is not None and watch(record(config, epoch, accuracy)) is not None:
+            return accuracies[:epoch]
+    return accuracies
 
 
 def by_rate(config: Config) -> Sequence[float] | str:
@@ -306,6 +326,7 @@ def test_members_that_were_interrupted_or_killed_are_handed_on(flags: list[str])
     write_run(made.configs[1], made.info.entry(1), [0.9], "interrupted")
     newest = write_run(made.configs[1], made.info.entry(1), [0.9], "interrupted")
     assert earlier(made) == {0: killed, 1: newest}
+    assert earlier(made, but={killed.run_id}) == {1: newest}
     stand_in = StandIn(by_rate)
     assert main([*flags, "--lr", "1e-6", "1e-8", "--again"], stand_in.engine) == 0
     assert stand_in.interrupted == {}
@@ -313,6 +334,21 @@ def test_members_that_were_interrupted_or_killed_are_handed_on(flags: list[str])
     assert done.status == "done"
     write_run(made.configs[0], made.info.entry(0), [0.9], "interrupted")
     assert earlier(made)[0] == done
+
+
+def test_a_task_of_ray_that_begins_again_knows_its_runs(flags: list[str]) -> None:
+    """Also where its node's clock is years behind that of the machine with the command."""
+    made = made_from([*flags, "--lr", "1e-6", "1e-8", "--again"])
+    before = {
+        write_run(config, made.info.entry(index), [0.9]).run_id
+        for index, config in enumerate(made.configs)
+    }
+    since = []
+    for index, config in enumerate(made.configs):
+        run = write_run(config, made.info.entry(index), [0.8])
+        (run.path / RUN_JSON).write_text(json.dumps({**run.info, "started": 0.0}))
+        since.append(run.path)
+    assert _train(_Part(made, (), {}), frozenset(before)) == since
 
 
 def made_from(argv: Sequence[str]) -> Plan:

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import math
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,9 @@ from trainer.config import Config
 from trainer.grid import Cluster, Plan, SweepInfo, batches_of
 from trainer.ranking import count
 from trainer.ray_cluster import RayError, connected
-from trainer.runlog import Run, read_run
+from trainer.runlog import Run, read_run, run_folders
 from trainer.schema import ThawError
+from trainer.search import Watch, only
 
 # How often Ray begins a task again whose process or node has died.
 _RESTARTS: Final = 3
@@ -52,17 +52,23 @@ class RayEngine:
         return read_run(folder)
 
     def fit_together(
-        self, configs: Sequence[Config], sweep: SweepInfo, interrupted: Mapping[int, Run]
+        self,
+        configs: Sequence[Config],
+        sweep: SweepInfo,
+        interrupted: Mapping[int, Run],
+        watch: Watch | None = None,
     ) -> list[Run]:
-        """As `trainer.fit.fit_together`. Raises ThawError where no node could train a task; the
-        other members are trained then."""
+        """As `trainer.fit.fit_together`; `watch` is asked on the nodes. Raises ThawError where no
+        node could train a task; the other members are trained then."""
         labelled = [(place.group, c) for place, c in zip(sweep.places, configs, strict=True)]
         whole = Plan(tuple(labelled), sweep)
         with connected(self._cluster.address, _STORE_BYTES) as ray:
             nodes = _nodes(ray)
             divided = pieces(configs, len(nodes))
             print(f"On Ray: {count(len(divided), 'task')}, {count(len(nodes), 'node')}.")
-            works = [_work(whole, piece, interrupted) for piece in divided]
+            there = frozenset(path.name for path in run_folders(configs[0].runs_dir))
+            parts = [_part(whole, piece, interrupted, watch) for piece in divided]
+            works = [functools.partial(_train, part, there) for part in parts]
             found = self._run(ray, works)
         folders = {
             index: folder
@@ -115,12 +121,16 @@ class _Part:
     plan: Plan
     beside: tuple[Config, ...]
     interrupted: Mapping[int, Run]
+    watch: Watch | None = None
 
 
-def _work(whole: Plan, piece: Sequence[int], interrupted: Mapping[int, Run]) -> Work:
+def _part(
+    whole: Plan, piece: Sequence[int], interrupted: Mapping[int, Run], watch: Watch | None
+) -> _Part:
     known = {i: interrupted[index] for i, index in enumerate(piece) if index in interrupted}
     rest = [c for index, c in enumerate(whole.configs) if index not in piece]
-    return functools.partial(_train, _Part(whole.only(piece), tuple(rest), known), time.time())
+    watched = None if watch is None else only(watch, piece)
+    return _Part(whole.only(piece), tuple(rest), known, watched)
 
 
 # --- on a node --------------------------------------------------------------------------------
@@ -163,20 +173,23 @@ def _fit(config: Config) -> list[Path]:
     return [fit(config, go_on=True).path]
 
 
-def _train(part: _Part, begun: float) -> list[Path]:
-    """Train what is not done yet: Ray may begin it again after its first process has died."""
+def _train(part: _Part, there: frozenset[str]) -> list[Path]:
+    """Train what is not done yet: Ray may begin it again after its first process has died. Of the
+    runs that were `there` before, by id, only those interrupted go on. Not told apart by time:
+    another node's clock may differ.
+    """
     from trainer.fit import fit_together
     from trainer.sweep import earlier
 
-    since = {i: run for i, run in earlier(part.plan).items() if run.info["started"] >= begun}
-    known = {**part.interrupted, **since}
+    known = {**part.interrupted, **earlier(part.plan, but=there)}
     done = {i: run for i, run in known.items() if run.status == "done"}
     rest = [i for i in range(len(part.plan.members)) if i not in done]
     beside = (*part.beside, *(part.plan.configs[i] for i in done))
     if rest:
         left = part.plan.only(rest)
         going_on = {n: known[i] for n, i in enumerate(rest) if i in known}
-        runs = fit_together(left.configs, left.info, going_on, beside)
+        watch = None if part.watch is None else only(part.watch, rest)
+        runs = fit_together(left.configs, left.info, going_on, beside, watch)
         done |= dict(zip(rest, runs, strict=True))
     return [done[i].path for i in range(len(part.plan.members))]
 

@@ -111,7 +111,7 @@ def joined() -> Iterator[None]:
         yield
         return
     lost, gpus = _lost_after(), torch.cuda.device_count()
-    with _reached():
+    with reached():
         store, number, among = next(rendezvous("env://", timeout=lost))
         store = PrefixStore(_name_of_meeting(store, number, among, lost), store)
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
@@ -193,8 +193,9 @@ class _NoTerminal(io.TextIOWrapper):
 
 
 @contextlib.contextmanager
-def _reached() -> Iterator[None]:
-    """Says LostError for what the network reports. Gloo has no type of error of its own."""
+def reached() -> Iterator[None]:
+    """Says LostError for what the network reports, around whatever others have to take part in.
+    Gloo has no type of error of its own."""
     try:
         yield
     except RuntimeError as error:
@@ -209,9 +210,6 @@ def _reached() -> Iterator[None]:
         ) from error
 
 
-reached = _reached  # for gradients, which travel while they are computed
-
-
 # --- agreeing -----------------------------------------------------------------------------------
 
 
@@ -219,7 +217,7 @@ def meet() -> None:
     """Wait for all, however long that takes."""
     if _team is None:
         return
-    with _reached():
+    with reached():
         work = dist.barrier(group=_team.patient, async_op=True)
         assert work is not None
         while not work.is_completed():
@@ -239,7 +237,7 @@ def from_first(make: Callable[[], T]) -> T:
         except ThawError as error:
             made[1] = error
     meet()
-    with _reached():
+    with reached():
         dist.broadcast_object_list(made, 0, device=torch.device("cpu"))
     if made[1] is not None:
         raise made[1]
@@ -265,7 +263,7 @@ def each_alike(make: Callable[[], T], mark: Callable[[T], str], what: str) -> T:
         meet()
     mine = (socket.gethostname(), problem, mark(made[0]) if made else "")
     found: list[Any] = [None] * _team.size
-    with _reached():
+    with reached():
         dist.all_gather_object(found, mine)
     for number, (host, said, _) in enumerate(found):
         if said:
@@ -284,7 +282,7 @@ def agree(error: ThawError | None) -> None:
     if _team is None:
         return
     failed = [error is not None]
-    with _reached():
+    with reached():
         dist.broadcast_object_list(failed, 0, device=torch.device("cpu"))
     if failed[0]:
         raise error if error is not None else SystemExit(2)
@@ -293,7 +291,7 @@ def agree(error: ThawError | None) -> None:
 def total(*values: float) -> tuple[float, ...]:
     """The sums over all, of float64. Ends all of them where one was told to stop."""
     sums = torch.tensor([*values, float(_wanted is not None)], dtype=torch.float64)
-    with _reached():
+    with reached():
         dist.all_reduce(sums)
     *found, stopping = sums.tolist()
     if stopping:
@@ -330,7 +328,7 @@ def gathered(values: Sequence[Tensor], rows: Sequence[Rows], count: int) -> Tens
     if _team is None:
         return torch.cat(list(values))
     width = torch.tensor(values[0].shape[1] if values else 0)
-    with _reached():
+    with reached():
         dist.all_reduce(width, dist.ReduceOp.MAX)
         whole = torch.zeros(count, int(width))
         for part, where in zip(values, rows, strict=True):

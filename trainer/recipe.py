@@ -169,17 +169,10 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         name = asked.pop("sweep", None) or name or recipe.stem
         given = _beside(asked, given) | given
     searched = _search(flags, given)
-    if searched is not None:
-        _check_search(searched, dry_run, cluster)
+    if searched is not None and dry_run:
+        raise SweepError("--dry-run: which members a search trains is not known before.")
     members = grid(given) if searched is None else corners(given, searched.space)
     return Request(members, name, dry_run, again, cluster, searched)
-
-
-def _check_search(asked: Search, dry_run: bool, cluster: Cluster | None) -> None:
-    if dry_run:
-        raise SweepError("--dry-run: which members a search trains is not known before.")
-    if asked.prune and cluster is not None:
-        raise SweepError("--prune: members are watched where they are trained; use --engine local.")
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

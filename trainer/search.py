@@ -8,7 +8,10 @@ command goes on where it was interrupted. Optuna is optional: requirements-searc
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from trainer.config import Config
@@ -31,6 +34,15 @@ _OTHERS: Final = 4
 # Why a member of the plan, by index, is not worth training on after this epoch; None: it is.
 Watch = Callable[[int, EpochRecord], str | None]
 TrainAll = Callable[[Plan, Watch | None], Mapping[int, Run]]
+
+
+def only(watch: Watch, indices: Sequence[int]) -> Watch:
+    """For the plan of these members alone; it can be sent to another process if `watch` can."""
+    return functools.partial(_indirect, watch, tuple(indices))
+
+
+def _indirect(watch: Watch, indices: Sequence[int], index: int, record: EpochRecord) -> str | None:
+    return watch(indices[index], record)
 
 
 def space_of(given: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
@@ -71,7 +83,7 @@ def search(request: Request, parent: Run | None, train: TrainAll) -> tuple[Plan,
     print(f"Search {study.name}: {study.extent()}")
     known: dict[str, Run] = {}
     while part := study.next():
-        runs = train(part, study.hopeless if request.search.prune else None)
+        runs = train(part, study.hopeless() if request.search.prune else None)
         known |= {part.info.places[index].key: run for index, run in runs.items()}
         study.learn(part, runs)
     whole = study.plan()
@@ -87,6 +99,7 @@ class _Study:
         # Beside these two every label names all that is searched, because they differ in all of it.
         self._corners = request.members
         self._id = plan(Request(self._corners), parent).id
+        self._file = self._corners[0].runs_dir / f".{self._id}.search"
         self.name = request.name or f"search-{self._id[:6]}"
         self._study = self._open()
         self._trials: dict[int, list[Any]] = {}
@@ -94,24 +107,13 @@ class _Study:
     def _open(self) -> Any:
         """The study as it was left; what was being trained then is proposed again."""
         optuna = _optuna()
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-
-        runs_dir = self._corners[0].runs_dir
-        runs_dir.mkdir(parents=True, exist_ok=True)
-        file = runs_dir / f".{self._id}.search"
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            study = optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(file))),
-                pruner=optuna.pruners.MedianPruner(_OTHERS, _EPOCHS),
-                study_name=self._id,
-                direction="maximize",
-                load_if_exists=True,
-            )
+            study = _opened(self._file, self._id)
         except (ValueError, KeyError) as error:
             raise ThawError(
-                f"What Optuna has learned cannot be read from {file}: {error}. Remove the file; "
-                "members that are done are not trained again."
+                f"What Optuna has learned cannot be read from {self._file}: {error}. Remove the "
+                "file; members that are done are not trained again."
             ) from error
         for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
@@ -180,15 +182,10 @@ class _Study:
         info = dataclasses.replace(part.info, id=self._id, name=self.name, of=of, places=places)
         return dataclasses.replace(part, info=info)
 
-    def hopeless(self, index: int, record: EpochRecord) -> str | None:
-        """A `Watch`: Optuna's median rule over the best validation accuracy so far."""
-        stop = False
-        for trial in self._trials.get(index, ()):
-            trial.report(record.val_acc, record.phase_epoch)
-            stop = stop or trial.should_prune()
-        if not stop:
-            return None
-        return f"Stopped early: below the median of the members after epoch {record.phase_epoch}."
+    def hopeless(self) -> Watch:
+        """Watches the members of the plan that `next` gave."""
+        numbers = {index: [t.number for t in trials] for index, trials in self._trials.items()}
+        return _Hopeless(self._file.absolute(), self._id, numbers)
 
     def learn(self, part: Plan, runs: Mapping[int, Run]) -> None:
         """How the members ended; one that failed, as with a loss that diverged, counts as 0%."""
@@ -197,6 +194,52 @@ class _Study:
             value = _AS_BAD_AS_CAN_BE if found is None else found.best.val_acc
             for trial in trials:
                 self._study.tell(trial, value)
+
+
+@dataclass(frozen=True)
+class _Hopeless:
+    """A `Watch`: Optuna's median rule over the best validation accuracy so far.
+
+    It may be asked on any machine that sees `file`, where the study `name` is kept; `trials` are
+    the numbers of those that stand for each member.
+    """
+
+    file: Path
+    name: str
+    trials: Mapping[int, Sequence[int]]
+
+    def __call__(self, index: int, record: EpochRecord) -> str | None:
+        found = [self._is_hopeless(number, record) for number in self.trials.get(index, ())]
+        if not any(found):
+            return None
+        return f"Stopped early: below the median of the members after epoch {record.phase_epoch}."
+
+    @functools.cached_property
+    def _study(self) -> Any:
+        return _opened(self.file, self.name)
+
+    def _is_hopeless(self, number: int, record: EpochRecord) -> bool:
+        study = self._study
+        frozen = study.get_trials(deepcopy=False)[number]
+        trial = _optuna().trial.Trial(study, frozen._trial_id)
+        if record.phase_epoch not in frozen.intermediate_values:  # a task may have begun again
+            trial.report(record.val_acc, record.phase_epoch)
+        return bool(trial.should_prune())
+
+
+def _opened(file: Path, name: str) -> Any:
+    """The study in a file, a new one where there is none. Raises ValueError, KeyError."""
+    optuna = _optuna()
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    return optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(file))),
+        pruner=optuna.pruners.MedianPruner(_OTHERS, _EPOCHS),
+        study_name=name,
+        direction="maximize",
+        load_if_exists=True,
+    )
 
 
 def _distribution(name: str, values: tuple[Any, ...]) -> Any:

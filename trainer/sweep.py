@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +19,7 @@ from trainer.ranking import count, ranking, table
 from trainer.recipe import parse
 from trainer.run_writer import check_writable
 from trainer.runlog import Run, find_run, list_runs
-from trainer.search import Watch, search
+from trainer.search import Watch, only, search
 
 if TYPE_CHECKING:
     from trainer.predict import Prediction
@@ -152,13 +152,8 @@ def _train(
     if watch is None:
         runs = engine.fit_together(part.configs, part.info, interrupted)
     else:
-        runs = engine.fit_together(part.configs, part.info, interrupted, _only(watch, rest))
+        runs = engine.fit_together(part.configs, part.info, interrupted, only(watch, rest))
     return dict(zip(rest, runs, strict=True))
-
-
-def _only(watch: Watch, indices: Sequence[int]) -> Watch:
-    """For the plan of these members alone."""
-    return lambda index, record: watch(indices[index], record)
 
 
 def _status(runs: Iterable[Run]) -> int:
@@ -210,9 +205,9 @@ def _runs(config: Config) -> list[Run]:
     return list_runs(config.runs_dir)
 
 
-def earlier(whole: Plan) -> dict[int, Run]:
+def earlier(whole: Plan, but: Collection[str] = ()) -> dict[int, Run]:
     """The newest run of each member that is done already or was interrupted, by the member's
-    index in the plan; one that is done comes first.
+    index in the plan; one that is done comes first. Those with an id in `but` do not count.
 
     In whichever sweep it was trained: more seeds or rates do not begin anew.
     """
@@ -224,6 +219,8 @@ def earlier(whole: Plan) -> dict[int, Run]:
         index = index_of.get(key) if isinstance(key, str) else None
         # "running" is also what a run says that was killed.
         if index is None or run.status not in ("done", "interrupted", "running"):
+            continue
+        if run.run_id in but:
             continue
         if run.status == "done" or index not in known or known[index].status != "done":
             known[index] = run
