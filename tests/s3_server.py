@@ -37,7 +37,7 @@ def s3_server(folder: Path) -> Iterator[str]:
     with server, pytest.MonkeyPatch.context() as patch:
         try:
             endpoint = _address(server)
-            for name, value in _environment(endpoint).items():
+            for name, value in environment(endpoint).items():
                 patch.setenv(name, value)
             s3fs.S3FileSystem.clear_instance_cache()  # one of an earlier server, by the same name
             yield endpoint
@@ -46,7 +46,8 @@ def s3_server(folder: Path) -> Iterator[str]:
             s3fs.S3FileSystem.clear_instance_cache()
 
 
-def _environment(endpoint: str) -> dict[str, str]:
+def environment(endpoint: str) -> dict[str, str]:
+    """What s3fs and botocore need to know of a server."""
     return {
         "AWS_ACCESS_KEY_ID": _KEY,
         "AWS_SECRET_ACCESS_KEY": _SECRET,

@@ -17,6 +17,7 @@ from typing import Any
 from explorer.conclusions import moved, percent
 from explorer.pooled import pooled
 from explorer.settings import rate_text
+from explorer.sweep_words import p_text
 from trainer.controls import control_of, controls_by_parent
 from trainer.evidence import points
 from trainer.runlog import Run, list_runs
@@ -71,7 +72,7 @@ def _figures(members: Sequence[tuple[Run, Run | None]]) -> list[str]:
         f"{points(beside.change)} ({points(beside.low)} to {points(beside.high)})"
         if beside
         else "–",
-        f"{beside.p:.3f}" if beside else "–",
+        p_text(beside.p) if beside else "–",
         percent(fmean(relative for relative, _ in shift)) if shift else "–",
         f"{fmean(changed for _, changed in shift):.1%}" if shift else "–",
     ]
