@@ -18,6 +18,7 @@ import pytest
 
 from tests.conftest import Train
 from tests.explorer_runs import record, write_finetune, write_run, write_trunk
+from tests.faults import wait_for
 from trainer.__main__ import main
 from trainer.config import Config, ConfigError
 from trainer.run_writer import RunWriter
@@ -49,6 +50,13 @@ def tracked(client: Any, name: str = "thaw") -> dict[str, Any]:
 def steps(client: Any, run: Any, name: str) -> list[tuple[int, float]]:
     history = client.get_metric_history(run.info.run_id, name)
     return [(one.step, one.value) for one in history]
+
+
+def epochs_there(client: Any) -> int:
+    """Of the one run, of which MLflow may have a part only."""
+    experiment = client.get_experiment_by_name("thaw")
+    found = client.search_runs([experiment.experiment_id]) if experiment else []
+    return len(steps(client, found[0], "transfer/val_acc")) if found else 0
 
 
 # --- flags --------------------------------------------------------------------------------------
@@ -198,13 +206,7 @@ def test_it_follows_a_run_as_it_is_written(
     with tracking("mlflow"):
         run = write_run(tmp_path, "run", [0.2, 0.3], done=False)
         follow(run.path)
-        until = time.monotonic() + 20
-        while store.get_experiment_by_name("thaw") is None or not tracked(store):
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        while len(steps(store, tracked(store)[run.run_id], "transfer/val_acc")) < 2:
-            assert time.monotonic() < until
-            time.sleep(0.02)
+        wait_for(lambda: epochs_there(store) == 2)
         assert tracked(store)[run.run_id].info.status == "RUNNING"
         run.epoch(record("transfer", 2, 2, 0.4))
         run.close("done")
@@ -224,10 +226,17 @@ def test_a_server_that_is_away_is_said_once_and_what_is_missing_can_be_sent(
     run = write_run(tmp_path, "run", [0.2, 0.3], done=False)
     with tracking("mlflow"):
         follow(run.path)
-        time.sleep(0.5)
+        text = ""
+
+        def has_been_said() -> bool:
+            nonlocal text
+            text += "".join(capsys.readouterr())
+            return "Training goes on" in text
+
+        wait_for(has_been_said)
+        time.sleep(0.2)  # to say it again, which it shall not
         run.close("done")
-    said = capsys.readouterr()
-    text = said.out + said.err
+    text += "".join(capsys.readouterr())
     assert text.count("Training goes on; what is missing is sent at the end.") == 1
     assert f"python -m trainer track {run.run_id} --runs-dir {tmp_path}" in text
     assert "MLflow at http://127.0.0.1:9 does not take the runs" in text
