@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from explorer.sweep_members import groups, rate_text
 from tests.explorer_runs import record, write_run, write_trunk
 from tests.test_evidence import PHOTOS, predictions, save
 from trainer.config import Config
-from trainer.evidence import compare, holm
+from trainer.evidence import compare, holm, load_predictions
 from trainer.grid import Plan, plan
 from trainer.loop import diverged
 from trainer.ranking import standings
@@ -425,17 +424,28 @@ def test_the_best_of_a_transfer_sweep_may_be_chance(tmp_path: Path) -> None:
     )
 
 
-def test_many_runs_are_shown_in_a_moment(tmp_path: Path) -> None:
+def test_predictions_of_many_runs_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = ["--lr", *(f"{n}e-5" for n in range(1, 26)), "--unfreeze", "10", "20", "--seed", "0"]
     results = {"10": 0.72, "20": 0.75}
     write_sweep(tmp_path, lambda config: results[config.unfreeze], *flags, "1", "2", "3")
     found = snapshot(tmp_path)
     members = groups(found)[0].members
     assert len(members) == 200
-    section(found, members)  # reads the predictions, once
-    start = time.perf_counter()
+    read: list[Path] = []
+
+    def counted(path: Path) -> Any:
+        read.append(path)
+        return load_predictions(path)
+
+    for module in ("evidence", "pooled"):
+        monkeypatch.setattr(f"explorer.{module}.load_predictions", counted)
     section(found, members)
-    assert time.perf_counter() - start < 1  # 0.15 s on two cores that nobody else uses
+    assert read
+    read.clear()
+    section(found, members)
+    assert read == []
 
 
 # --- charts -----------------------------------------------------------------------------------
