@@ -19,9 +19,9 @@ _ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[str]:
+def s3_server(folder: Path, remembers: bool = False) -> Iterator[str]:
     """Serve `folder` and yield the endpoint's URL; each folder directly in it is a bucket, and what
-    is written there without the server is seen at once.
+    is written there without the server is seen at once, unless it `remembers` what lies where.
 
     Meanwhile the environment has what s3fs and botocore need, also for processes started now.
     Skips the test where rclone or s3fs is missing.
@@ -32,7 +32,9 @@ def s3_server(folder: Path) -> Iterator[str]:
     if rclone is None:
         pytest.skip("needs rclone, whose `serve s3` is the server")
     command = [rclone, "serve", "s3", str(folder), "--addr", "127.0.0.1:0", "--config", os.devnull]
-    command += ["--auth-key", f"{_KEY},{_SECRET}", "--dir-cache-time", "0s"]
+    command += ["--auth-key", f"{_KEY},{_SECRET}"]
+    if not remembers:  # every request lists all folders above its file
+        command += ["--dir-cache-time", "0s"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     with server, pytest.MonkeyPatch.context() as patch:
         try:

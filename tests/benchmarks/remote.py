@@ -34,7 +34,7 @@ _PATIENCE: Final = 600.0
 def served(folder: Path, endpoint: str | None) -> Iterator[str]:
     """The runs below `folder`/bucket, at an S3 URL."""
     if endpoint is None:
-        with s3_server(folder):
+        with s3_server(folder, remembers=True):
             yield f"s3://{_BUCKET}/runs"
         return
     os.environ |= environment(endpoint)
