@@ -292,7 +292,7 @@ def test_the_account_page_says_who_and_signs_out(runs: Path) -> None:
     app = AppTest.from_function(account)
     app.user = ANN | {"email": "![x](http://127.0.0.1/x)"}
     app.run()
-    assert app.text[0].value == "You are, as ![x](http://127.0.0.1/x)."
+    assert app.text[0].value == "Signed in as ![x](http://127.0.0.1/x)."
     app.button[0].click().run()
     assert app.user.get("is_logged_in") is False
 

@@ -33,6 +33,7 @@ def admitted() -> bool:
         st.error("The file .streamlit/secrets.toml cannot be read, so nobody can sign in.")
     elif user.get("is_logged_in") is True:
         st.text(f"You are signed in as {_name(user)}, but this explorer is not open to you.")
+        st.text("Whoever runs it can add your address, or you can sign in with another one.")
         _way_out()
     else:
         _way_in()
@@ -41,8 +42,8 @@ def admitted() -> bool:
 
 def page() -> None:
     """Who is signed in, and the way out."""
-    st.header("Who is signed in?", anchor=False)
-    st.text(f"You are, as {_name(st.user.to_dict())}.")
+    st.header("Account", anchor=False)
+    st.text(f"Signed in as {_name(st.user.to_dict())}.")
     _way_out()
 
 

@@ -132,7 +132,7 @@ def test_a_visitor_signs_in_and_out(app: str, page: Page) -> None:
     button.click()
     expect(page.get_by_role("heading", name="Did unfreezing help")).to_be_visible(timeout=60_000)
     page.get_by_role("link", name="Account").click()
-    expect(page.get_by_text("You are, as ann@example.org.")).to_be_visible()
+    expect(page.get_by_text("Signed in as ann@example.org.")).to_be_visible()
     page.get_by_role("button", name="Sign out").click()
     expect(page.get_by_role("button", name="Sign in")).to_be_visible(timeout=60_000)
     page.goto(app)
