@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 # A thread for each of the processes that the tests are divided among: more would only wait.
 # Before torch is imported, which reads it then.
@@ -18,11 +19,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from export.to_onnx import export_run
+from tests.tiny_run import make_run
 from trainer.__main__ import main as trainer_main
 from trainer.config import Config
 from trainer.data import load_photos
 from trainer.model import InputNormalize, ModelSpec, build_model
-from trainer.runlog import Run, list_runs
+from trainer.runlog import Run, list_runs, read_run
 from trainer.schema import Preprocess
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -40,6 +43,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     """Nothing a test does reaches the user's cache."""
     if "THAW_CACHE" not in os.environ:
         monkeypatch.setenv("THAW_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def cpu_seconds(act: Callable[[], object]) -> float:
+    """What `act` takes of this thread: the least of three, for what runs beside it costs it too."""
+    taken = []
+    for _ in range(3):
+        started = time.thread_time()
+        act()
+        taken.append(time.thread_time() - started)
+    return min(taken)
 
 
 def draw_photo(path: Path, color: tuple[int, ...], number: int) -> None:
@@ -70,6 +83,15 @@ def make_photos() -> PhotoFolder:
 def photos(tmp_path_factory: pytest.TempPathFactory, make_photos: PhotoFolder) -> Path:
     """Three classes of eight photos; read only."""
     return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of random weights with its model.onnx; its photos lie in its runs folder's ../data.
+    Read only."""
+    run = make_run(tmp_path_factory.mktemp("exported"))
+    export_run(run)
+    return read_run(run.path)
 
 
 @pytest.fixture

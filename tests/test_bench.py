@@ -20,8 +20,6 @@ from export.bench import main, random_photos
 from export.seal import seal
 from export.session import DeviceError, Session, open_session
 from export.timing import Candidate, Opened, measure
-from export.to_onnx import export_run
-from tests.test_export import make_run
 from trainer.runlog import Run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -30,13 +28,6 @@ EAGER, LAST = "PyTorch, eager", "PyTorch, eager, channels-last"
 QUICK = ["--seconds", "0.001", "--rounds", "1", "--batches", "2", "--no-compile"]
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = make_run(tmp_path_factory.mktemp("bench"))
-    export_run(run)
-    return run
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from export.metadata import file_name
 from export.precision import PRECISIONS
 from export.to_onnx import Exported, export_run
 from tests.explorer_runs import write_run, write_trunk
-from tests.test_export import make_run
+from tests.tiny_run import make_run
 from trainer.cli import inert
 from trainer.controls import control_of, controls_by_parent
 from trainer.evidence import compare, load_predictions, points, sentence

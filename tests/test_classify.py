@@ -28,9 +28,7 @@ from explorer.classify import (
 )
 from explorer.desk import Desk, Ready, Row, Upload, _batches, agreement, changes, difference, to_csv
 from explorer.gradcam import GradCam, GradCamError, Heat, overlay
-from export.to_onnx import export_run
 from tests.explorer_runs import TRUNK_ACCURACY, write_finetune, write_run, write_trunk
-from tests.test_export import make_run
 from trainer.checkpoint import Checkpoint, save_checkpoint
 from trainer.model import ModelSpec, build_model
 from trainer.preprocess import MAX_PIXELS
@@ -74,14 +72,6 @@ def write_pair(runs: Path) -> Run:
     )
     save_network(child.path / "checkpoints" / "finetune-best.pt", favourite=1)
     return read_run(child.path)
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of one network with its model.onnx. Read only."""
-    run = make_run(tmp_path_factory.mktemp("exported"))
-    export_run(run)
-    return read_run(run.path)
 
 
 @pytest.fixture

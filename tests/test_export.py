@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from PIL import Image
 
 from export import parity, to_onnx
 from export.__main__ import main
@@ -25,67 +23,13 @@ from export.metadata import ModelMetadata, Which, file_name
 from export.parity import Batch
 from export.precision import Precision, tolerance_for
 from export.to_onnx import OPSET, PhotoClassifier, convert, export_run, serialize
-from trainer.checkpoint import Checkpoint, load_model, save_checkpoint
+from tests.tiny_run import CLASSES, PREPROCESS, save_weights
+from trainer.checkpoint import load_model
 from trainer.cli import guarded
-from trainer.model import ModelSpec, build_model
 from trainer.preprocess import load_photo
 from trainer.run_writer import RunWriter
 from trainer.runlog import Run, checkpoint_path, read_run
-from trainer.schema import PhaseRecord, Preprocess, ThawError
-
-CLASSES = ("daisy", "rose", "tulip")
-PREPROCESS = Preprocess(resize=72, crop=64)
-SPEC = ModelSpec("squeezenet1_1", len(CLASSES))
-
-
-def make_photos(root: Path, per_class: int = 4) -> list[str]:
-    """JPEGs in class folders; returns their paths relative to `root`."""
-    numbers = np.random.default_rng(0)
-    files = []
-    for position, name in enumerate(CLASSES):
-        (root / name).mkdir(parents=True)
-        for number in range(per_class):
-            pixels = numbers.integers(0, 256, (6, 8, 3), np.uint8)
-            pixels[..., position] = 255
-            photo = Image.fromarray(pixels).resize((120, 90), Image.Resampling.BICUBIC)
-            photo.save(root / name / f"{number}.jpg", quality=90)
-            files.append(f"{name}/{number}.jpg")
-    return files
-
-
-def make_run(folder: Path) -> Run:
-    """A transfer run as the trainer leaves it, with random weights; its data lie in folder/data."""
-    files = make_photos(folder / "data")
-    dataset = {"name": "data", "root": str(folder / "data"), "fingerprint": "0", "counts": {}}
-    writer = RunWriter.create(folder / "runs", "tiny", {"classes": CLASSES, "dataset": dataset})
-    writer.start_phase(PhaseRecord("transfer", 0, None, (), 1))
-    save_weights(writer.path / "checkpoints" / "transfer-best.pt", epoch=3)
-    arrays = io.BytesIO()
-    logits = np.zeros((len(files), len(CLASSES)), np.float32)
-    np.savez(arrays, files=np.array(files), labels=np.zeros(len(files), np.int64), logits=logits)
-    (writer.path / "predictions" / "after.npz").write_bytes(arrays.getvalue())
-    writer.end_phase(3)
-    writer.close("done")
-    return read_run(writer.path)
-
-
-def save_weights(path: Path, epoch: int) -> None:
-    """Random weights, the same in every run."""
-    torch.manual_seed(0)
-    weights = build_model(SPEC).state_dict()
-    # SqueezeNet ends in a ReLU: without this most logits are 0, whatever the photo.
-    weights["classifier.1.weight"] *= 20
-    weights["classifier.1.weight"] -= weights["classifier.1.weight"].mean(1, keepdim=True)
-    weights["classifier.1.bias"] += 3
-    save_checkpoint(path, Checkpoint(SPEC, CLASSES, PREPROCESS, "transfer", epoch, weights))
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that was exported; tests that change it take `run`."""
-    run = make_run(tmp_path_factory.mktemp("exported"))
-    export_run(run)
-    return run
+from trainer.schema import PhaseRecord, ThawError
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ from export.precision import LARGEST_LOSS, PRECISIONS, Parity, Precision
 from export.seal import seal
 from export.to_onnx import export_run
 from tests.explorer_runs import write_finetune, write_trunk
-from tests.test_export import CLASSES, make_run
 from tests.test_quantize import copy_of, graph_of, make_fitted_run
+from tests.tiny_run import CLASSES, make_run
 from trainer.runlog import Run, read_run
 
 ROOT = Path(__file__).resolve().parents[1]

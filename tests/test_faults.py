@@ -19,11 +19,9 @@ from torch import Tensor
 from explorer.data import Library
 from export.classifier import Classifier
 from export.metadata import ModelFileError
-from export.to_onnx import export_run
 from tests.conftest import TINY
 from tests.explorer_runs import record
 from tests.faults import litter, start, wait_for
-from tests.test_export import make_run
 from trainer.__main__ import main
 from trainer.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from trainer.loop import Objective
@@ -161,13 +159,6 @@ def test_weights_that_are_no_numbers_are_said(
 
 
 # --- damaged files --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    made = make_run(tmp_path_factory.mktemp("exported"))
-    export_run(made)
-    return read_run(made.path)
 
 
 def damaged(content: bytes, count: int) -> list[bytes]:

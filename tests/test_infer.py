@@ -29,12 +29,12 @@ from export.classifier import InferenceError
 from export.infer import Classifier, Result, find_photos, main
 from export.seal import seal
 from export.session import Session
-from export.to_onnx import export_run
-from tests.test_export import CLASSES, PREPROCESS, make_run
 from tests.test_hostile_images import BOMBS
+from tests.tiny_run import CLASSES, PREPROCESS
 from trainer.cli import inert, inert_cell
 from trainer.preprocess import load_photo
 from trainer.process import usable_cores
+from trainer.runlog import Run
 from trainer.schema import ThawError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -43,10 +43,11 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(exported: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model.onnx, and data/ with 12 photos in 3 folders."""
     folder = tmp_path_factory.mktemp("infer")
-    export_run(make_run(folder), output=folder / "model.onnx")
+    shutil.copy(exported.path / "model.onnx", folder)
+    shutil.copytree(exported.path.parents[1] / "data", folder / "data")
     return folder
 
 

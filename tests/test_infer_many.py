@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from export.to_onnx import export_run
-from tests.test_export import CLASSES, make_run
+from tests.tiny_run import CLASSES, make_run
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 1024  # MB that the process may use

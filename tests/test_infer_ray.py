@@ -22,8 +22,8 @@ from export.infer import main
 from export.parts import Folder, Job, PartsError, Plan, fetched, photos_at, to_parquet
 from export.to_onnx import export_run
 from tests.s3_server import s3_server
-from tests.test_export import make_run
 from tests.test_infer_many import write_photos
+from tests.tiny_run import make_run
 from trainer.preprocess import PhotoError, open_photo
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,8 +13,6 @@ from PIL import Image
 import explorer.classify as app
 import export.classifier
 from export.classifier import Classifier
-from export.to_onnx import export_run
-from tests.test_export import make_run
 from trainer.checkpoint import load_checkpoint
 from trainer.config import Config
 from trainer.data import load_photos
@@ -106,13 +104,6 @@ def test_each_kind_becomes_the_upright_photo(name: str) -> None:
     for place in ((40, 40), (260, 40), (40, 160), (260, 160)):
         off = np.subtract(found.getpixel(place), wanted.getpixel(place))
         assert np.abs(off).max() <= 6, (place, found.getpixel(place))
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = make_run(tmp_path_factory.mktemp("runs"))
-    export_run(run)
-    return run
 
 
 def test_trainer_infer_and_app_see_the_same_bytes(

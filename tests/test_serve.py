@@ -25,8 +25,8 @@ from export import infer
 from export.classifier import Classifier
 from export.serve import main
 from export.to_onnx import export_run
-from tests.test_export import make_run
 from tests.test_hostile_images import BOMBS, HARMLESS
+from tests.tiny_run import make_run
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = {"X-API-Key": "of the tests"}

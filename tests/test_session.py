@@ -25,9 +25,8 @@ from export.gpu import Buffers, Engines, cuda_options, tensorrt_options
 from export.infer import main
 from export.metadata import ModelFileError
 from export.session import DeviceError, Session, open_session
-from export.to_onnx import export_run
-from tests.test_export import make_run
 from trainer.preprocess import Photo
+from trainer.runlog import Run
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
@@ -37,10 +36,8 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("session")
-    export_run(make_run(folder), output=folder / "model.onnx")
-    return folder / "model.onnx"
+def model(exported: Run) -> Path:
+    return exported.path / "model.onnx"
 
 
 @pytest.fixture
@@ -447,7 +444,7 @@ def test_a_provider_that_does_not_start_is_told_in_one_line(
     """All libraries seem to be there, and real ONNX Runtime fails all the same."""
     if CUDA not in ort.get_available_providers():
         pytest.skip("this onnxruntime has no CUDA")
-    photo = str(model.parent / "data" / "rose" / "0.jpg")
+    photo = str(model.parents[2] / "data" / "rose" / "0.jpg")
     monkeypatch.setattr(session, "_gpu_answers", lambda: True)
     monkeypatch.setattr(gpu, "missing_libraries", lambda _: [])
     assert main([str(model), photo, "--device", "cuda"]) == 2

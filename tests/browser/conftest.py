@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.conftest import TINY
+from trainer.__main__ import main
 from trainer.runlog import list_runs
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -50,25 +50,15 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def runs_dir(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
-    """A trunk and two finetunes from it, by the real command line."""
+    """A trunk and two finetunes from it, by the real command line, in process."""
     runs = tmp_path_factory.mktemp("runs")
-    cache = tmp_path_factory.mktemp("cache")
     common = ["--data", str(photos), "--runs-dir", str(runs), "--epochs", "2"]
-
-    def train(*flags: str) -> None:
-        command = [sys.executable, "-m", "trainer", *common, *flags]
-        subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"THAW_CACHE": str(cache)},
-            check=True,
-            timeout=600,
-        )
-
-    train("--phase", "transfer", "--run-name", "trunk", *TINY)
-    [trunk] = list_runs(runs)
-    for name, rate in (("gentle", "1e-5"), ("bold", "1e-3")):
-        train("--phase", "finetune", "--from", trunk.run_id, "--lr", rate, "--run-name", name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THAW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        assert main([*common, "--phase", "transfer", "--run-name", "trunk", *TINY]) == 0
+        finetune = [*common, "--phase", "finetune", "--from", list_runs(runs)[0].run_id]
+        for name, rate in (("gentle", "1e-5"), ("bold", "1e-3")):
+            assert main([*finetune, "--lr", rate, "--run-name", name]) == 0
     return runs
 
 

@@ -51,7 +51,7 @@ def write_networks(run: Run) -> None:
     import torch
 
     from export.to_onnx import export_run
-    from tests.test_export import PREPROCESS
+    from tests.tiny_run import PREPROCESS
     from trainer.checkpoint import Checkpoint, save_checkpoint
     from trainer.model import ModelSpec, build_model
 
