@@ -100,7 +100,7 @@ def test_layers_are_counted_from_the_head(network: nn.Module) -> None:
     assert unfreeze(network, "all")[0] == "stem_conv1"
 
 
-@pytest.mark.parametrize("arch", [NASNET, "efficientnet_b0"])
+@pytest.mark.parametrize("arch", [pytest.param(NASNET, marks=pytest.mark.slow), "efficientnet_b0"])
 @pytest.mark.parametrize(
     ("head", "pool", "side"),
     [

@@ -167,6 +167,7 @@ def test_a_run_without_any_settings(tmp_path: Path) -> None:
         command(bare)
 
 
+@pytest.mark.slow
 def test_the_command_gives_the_same_figures(train: Train, tmp_path: Path) -> None:
     """Each kind of run, by the real trainer; twice the same random draws, so exactly."""
     schedule = ("--schedule", "cosine", "--warmup", "1", "--epochs", "2", "--run-name", "a b")

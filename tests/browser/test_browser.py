@@ -72,6 +72,7 @@ def test_the_axis_switches_and_the_link_keeps_it(app: str, open_page: OpenPage) 
     expect(chart(again).locator(".role-axis-title")).to_have_text("Epochs since unfreezing")
 
 
+@pytest.mark.slow
 def test_colour_and_dash_stand_for_settings_and_the_link_keeps_it(
     app: str, open_page: OpenPage
 ) -> None:
@@ -117,6 +118,7 @@ def test_before_and_after_stand_side_by_side(app: str, open_page: OpenPage) -> N
     assert boxes[0]["y"] == boxes[1]["y"]
 
 
+@pytest.mark.slow
 def test_a_chart_can_be_had_as_svg(app: str, open_page: OpenPage) -> None:
     page = open_page(app)
     chart(page)
