@@ -25,6 +25,7 @@ from trainer.files import lock, open_regular, read_bounded
 from trainer.schema import (
     CHECKPOINTS,
     EPOCH_FIELDS,
+    LATEST_TIME,
     METRICS_JSONL,
     MODEL_ONNX,
     PHASES,
@@ -39,7 +40,10 @@ from trainer.schema import (
 RUN_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VALUES: Final = operator.itemgetter(*EPOCH_FIELDS)
 _NONE_BEFORE_ANY_STEP: Final = ("train_loss", "train_acc")
-_WHOLE_NUMBERS: Final = ("epoch", "phase_epoch", "trainable_params", "peak_memory_bytes")
+_COUNTS: Final = operator.itemgetter(
+    "epoch", "phase_epoch", "trainable_params", "peak_memory_bytes"
+)
+_LARGEST_COUNT: Final = 2**63 - 1  # what a column of whole numbers holds
 
 
 class RunError(ThawError):
@@ -301,13 +305,13 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
     sound = isinstance(phases, list) and all(
         isinstance(phase, dict)
         and phase.get("name") in PHASES
-        and isinstance(phase.get("first_epoch"), int)
-        and _is_finite(phase["first_epoch"])
+        and _is_count(phase.get("first_epoch"))
         for phase in phases
     )
     classes = info.get("classes", [])
     sound = sound and isinstance(classes, list) and all(isinstance(c, str) for c in classes)
-    sound = sound and _is_finite(info.get("started", 0.0))
+    started = info.get("started", 0.0)
+    sound = sound and _is_finite(started) and 0 <= started < LATEST_TIME
     sound = sound and isinstance(info.get("config", {}), dict)
     sound = sound and isinstance(info.get("dataset", {}), dict)
     sound = sound and isinstance(info.get("parent_run_id"), (str, type(None)))
@@ -392,6 +396,8 @@ def _epoch(event: Mapping[str, Any]) -> EpochRecord:
     phase, *values = _VALUES(event)
     if phase not in PHASES:
         raise ValueError(phase)
+    if not all(_is_count(value) for value in _COUNTS(event)):
+        raise ValueError("counts are whole numbers")
     if not _all_finite(values):
         values = [_value(*one) for one in zip(EPOCH_FIELDS[1:], values, strict=True)]
     return EpochRecord(phase, *values)
@@ -408,9 +414,13 @@ def _all_finite(values: Sequence[Any]) -> bool:
 def _value(name: str, value: Any) -> Any:
     if _is_finite(value):
         return value
-    if value is not None or name in _WHOLE_NUMBERS:
+    if value is not None:
         raise ValueError(name)
     return None if name in _NONE_BEFORE_ANY_STEP else math.nan
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST_COUNT
 
 
 def _is_finite(value: Any) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
 SCHEMA_VERSION: Final = 1
+# In seconds since 1970, the year 2242: what is later is no time, and dates of pandas 2 end in 2262.
+LATEST_TIME: Final = 2.0**33
 
 Phase = Literal["direct", "scratch", "transfer", "finetune"]
 PHASES: Final[tuple[Phase, ...]] = ("direct", "scratch", "transfer", "finetune")

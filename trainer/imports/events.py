@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from trainer.imports.logs import LogError, Point
 from trainer.imports.tags import Meaning, is_epoch
+from trainer.schema import LATEST_TIME
 
 MAX_BYTES: Final = 512 * 2**20
 _MAX_POINTS: Final = 1_000_000
@@ -57,7 +58,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _scalars(event: Any, prefix: str, part: int) -> Iterator[Point]:
-    time = event.wall_time if 0 < event.wall_time < math.inf else math.nan
+    time = event.wall_time if 0 < event.wall_time < LATEST_TIME else math.nan
     for value in event.summary.value:
         number = _number(value)
         if math.isfinite(number):
